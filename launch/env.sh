@@ -1,0 +1,48 @@
+# The environment that training runs in, each setting with its reason. Sourced by every launcher, or by hand:
+#
+#   source launch/env.sh
+#
+# Nothing that is already set is overridden. Reads NPROC (ranks on this node; default: one a GPU, else 2 on a CPU that
+# has them) and NNODES (default 1).
+
+_checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+_cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    _gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+else
+    _gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
+if ((_gpus)); then
+    : "${NPROC:=$_gpus}"
+else
+    : "${NPROC:=$((_cores < 2 ? _cores : 2))}"
+    # DeepSpeed would guess, and guesses by installed packages: a CUDA build of torch on a machine without a GPU fails.
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+: "${NNODES:=1}"
+
+# Ranks that each start a thread a core fight over the cores; torchrun's own default is one thread, too few on a CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((_cores / NPROC > 0 ? _cores / NPROC : 1))}
+
+# DeepSpeed builds C++ operators at first use, under a lock that a killed build leaves behind; whoever comes next waits
+# for it without a word. So: a folder of our own, and locks older than any build (a few minutes) are removed.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$_checkout/.venv/torch_extensions}
+if [[ -d $TORCH_EXTENSIONS_DIR ]]; then
+    find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +20 -print -delete | sed 's/^/removed a stale build lock: /' >&2
+fi
+
+if ((NNODES == 1)); then
+    # Gloo looks up the host's own name, which on a laptop or in a container may be unknown or lead outside.
+    [[ ! -e /sys/class/net/lo ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+fi
+
+# NCCL is silent by default, also about why it fails.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# Two stalled collectives look the same from outside: on a crash, NCCL's watchdog included, show where Python stood.
+export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
+
+# The lines of all ranks go to one log: unbuffered they come in the order in which they were written.
+export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
+
+unset _checkout _cores _gpus

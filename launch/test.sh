@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Set up and run the tests. Arguments go to pytest.
+#
+#   launch/test.sh                       # all but the slow ones (~10 minutes on 2 cores)
+#   launch/test.sh -m '' tests/dist      # everything in one place, the slow ones too
+#   launch/test.sh -k order -x
+#
+# The tests of the Slurm launcher need Slurm and root (apt-get install slurm-wlm munge slurmctld slurmd); without, they skip.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch/setup.sh
+where=(tests)
+for argument; do
+    [[ ! -e ${argument%%::*} ]] || where=()
+done
+exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

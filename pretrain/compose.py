@@ -1,0 +1,144 @@
+"""Hydra composes a run's configuration here, and ends here: OmegaConf -> the frozen dataclasses of `config`.
+
+Each mistake, Hydra's own refusals included, becomes a `ValueError` that names the key, where it came from and the
+nearest right name.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config import Config, check
+
+
+def conf_folder() -> Path:
+    """`conf/` beside the package in a checkout, inside the package in an installed wheel."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def hydra_main(config_name: str, body: Callable[[Config], None]) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and call `body`; a user's mistake raises `ValueError`."""
+    # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
+    sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: the message is ours
+
+    @hydra.main(version_base="1.3", config_path=str(conf_folder().resolve()), config_name=config_name)
+    def composed(cfg) -> None:
+        if HydraConfig.get().mode.name != "RUN":
+            raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
+        body(from_hydra(cfg, tuple(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices)))
+
+    try:
+        composed()
+    except HydraException as error:
+        raise ValueError(_explain(error, sys.argv[1:])) from error
+
+
+def compose(config_name: str, overrides: list[str]) -> Config:
+    """The same composition without a command line, for tools and tests."""
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder().resolve())):
+            cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
+    except HydraException as error:
+        raise ValueError(_explain(error, overrides)) from error
+    choices = dict(cfg.hydra.runtime.choices)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return from_hydra(cfg, tuple(overrides), choices)
+
+
+def from_hydra(cfg: Any, overrides: tuple[str, ...] = (), choices: dict[str, str] | None = None) -> Config:
+    """Composed OmegaConf -> `Config`.
+
+    The plain container is merged back into the schema, so that a key that slipped past Hydra (`+key=value`, a YAML
+    file) is refused like any other.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        merged = OmegaConf.merge(_schema(), plain)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ValueError(f"{missing[0]} has no value: add {missing[0]}=... to the command line")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain_key(error, overrides, choices or {})) from error
+    check(config)
+    return config
+
+
+def read(path: Path) -> Config:
+    """Read a run's resolved `config.yaml`."""
+    if not path.is_file():
+        raise ValueError(f"no config.yaml in {path.parent}: is this a run's folder (runs/NAME)?")
+    return from_hydra(OmegaConf.create(yaml.safe_load(path.read_text())))
+
+
+def _schema() -> Any:
+    """The dataclasses as OmegaConf; frozen ones come out read-only, which would refuse the merge."""
+    schema = OmegaConf.structured(Config)
+    for node in (schema, *(schema._get_node(key) for key in schema)):
+        if OmegaConf.is_config(node):
+            OmegaConf.set_readonly(node, False)
+    return schema
+
+
+def _explain(error: HydraException, overrides: list[str]) -> str:
+    """Hydra's own refusal (an override, a group's choice) in one clear message."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _explain_key(cause, tuple(overrides), {})
+    text = str(error).partition("Config search path:")[0].strip()
+    return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
+
+
+def _explain_key(error: OmegaConfBaseException, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
+    key = str(error.full_key)
+    where = _origin(key, overrides, choices)
+    known = _schema_keys(Config)
+    if key not in known:
+        last = key.rpartition(".")[2]
+        near = difflib.get_close_matches(key, known, 1, 0.7) or [k for k in known if k.rpartition(".")[2] == last][:1]
+        near = near or difflib.get_close_matches(key, known, 1, 0.5)
+        return f"unknown key {key} {where}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key} {where}: {str(error.msg or error).splitlines()[0]}"
+
+
+def _origin(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
+    """The override or the YAML file that a key came from, for messages."""
+    for override in overrides:
+        name = override.lstrip("+~").partition("=")[0]
+        if name and name not in choices and (key == name or key.startswith(name + ".")):
+            return f"(from the command line: {override})"
+    parts = key.split(".")
+    candidates = [("experiment/" + choices["experiment"], parts)] if choices.get("experiment") else []
+    if choices.get(parts[0]):
+        candidates.append((f"{parts[0]}/{choices[parts[0]]}", parts[1:]))
+    for name, path in [*candidates, ("pretrain", parts)]:
+        file = conf_folder() / f"{name}.yaml"
+        node = yaml.safe_load(file.read_text()) if file.is_file() else None
+        for part in path:
+            node = node[part] if isinstance(node, dict) and part in node else None
+        if node is not None:
+            return f"(from conf/{name}.yaml)"
+    return "(from the config files)"
+
+
+def _schema_keys(section: type, prefix: str = "") -> list[str]:
+    keys = []
+    for field in fields(section):
+        keys.append(prefix + field.name)
+        if is_dataclass(field.type):
+            keys += _schema_keys(field.type, f"{prefix}{field.name}.")
+    return keys

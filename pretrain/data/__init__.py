@@ -1,0 +1,1 @@
+"""Text on disk to exact, rank-independent batches of token windows."""

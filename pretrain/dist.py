@@ -1,0 +1,94 @@
+"""Rank, world and the few collectives outside the engine: barrier, gather, agreement. No DeepSpeed here.
+
+torchrun, the deepspeed launcher and `launch/slurm.sbatch` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; without them the process is a world of its own.
+"""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Ranks(0, 1, 0)
+
+
+def from_environment() -> Ranks:
+    """Ranks as the launcher's environment variables say; one process alone without them."""
+    return Ranks(*(int(os.environ.get(key, default)) for key, default in
+                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+
+
+def start(ranks: Ranks) -> torch.device:
+    """Join the process group (gloo for CPU tensors, NCCL for CUDA ones) and return this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    torch_dist.init_process_group(backend, timeout=TIMEOUT)
+    return device
+
+
+def new_cpu_group() -> torch_dist.ProcessGroup:
+    """A group of its own for a background thread, so that its collectives never mix with the training's."""
+    return torch_dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def barrier() -> None:
+    torch_dist.barrier()
+
+
+def all_gather_objects(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON-like `value`, in rank order, on every rank."""
+    values = [None] * torch_dist.get_world_size(group)
+    torch_dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:
+    """Every rank's CPU tensor of one shape, stacked: [world, *shape]."""
+    gathered = torch.empty((torch_dist.get_world_size(), *values.shape), dtype=values.dtype)
+    torch_dist.all_gather(list(gathered.unbind(0)), values.contiguous())
+    return gathered
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks, in place."""
+    torch_dist.all_reduce(values)
+    return values
+
+
+def finish(code: int) -> None:
+    """Leave at once with this exit code: gloo's teardown now and then aborts a process whose work is done."""
+    if torch_dist.is_initialized() and code == 0:
+        torch_dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,221 @@
+"""The only module that knows DeepSpeed: its configuration, one training step, and the fragments a rank owns.
+
+A *fragment* is a flat piece of a parameter's fp32 weight or of one of its optimizer moments. Every ZeRO stage comes
+down to a list of fragments a rank owns, as views into the memory that DeepSpeed trains on: initialising, saving and
+loading are all a walk over that list.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia0") else "cuda")
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils.logging import logger as deepspeed_logger
+
+from pretrain import optim
+from pretrain.config import DeepSpeedConfig, OptimConfig
+from pretrain.dist import Ranks, all_reduce_sum
+
+# DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+WEIGHT = "weight"
+EXTRA_KEYS = (
+    "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler",
+)  # fmt: skip
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+LossRows = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`values` (fp32, 1-D, a view that training uses) is [offset, offset + numel) of the flat parameter `name`."""
+
+    name: str
+    kind: str
+    offset: int
+    shape: tuple[int, ...]
+    values: torch.Tensor
+
+
+def deepspeed_config(
+    config: DeepSpeedConfig, global_batch: int, micro_batch: int, accumulation: int, grad_clip: float, precision: str
+) -> dict:
+    """The whole DeepSpeed configuration, generated; `deepspeed.extra` is merged in after its keys are checked."""
+    generated = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {"stage": config.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": None,
+    }
+    check_extra(config)
+    for key, value in config.extra.items():
+        generated[key] = {**generated[key], **value} if isinstance(generated.get(key), dict) else value
+    return generated
+
+
+def check_extra(config: DeepSpeedConfig) -> None:
+    """DeepSpeed accepts unknown top-level keys in silence, so they are refused here."""
+    for key in config.extra:
+        if key not in EXTRA_KEYS:
+            raise ValueError(f"deepspeed.extra.{key} is not passed on to DeepSpeed; these are: {', '.join(EXTRA_KEYS)}")
+    zero = config.extra.get("zero_optimization", {})
+    known = set(DeepSpeedZeroConfig.model_fields) - {"stage"}
+    for key in zero:
+        if key not in known:
+            raise ValueError(f"deepspeed.extra.zero_optimization.{key}: DeepSpeed has no such setting; the stage is "
+                             "chosen by deepspeed=zero0 ... zero3")  # fmt: skip
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO, stepped by global batches."""
+
+    def __init__(
+        self, build_model: Callable[[], torch.nn.Module], loss_rows: LossRows, settings: dict,
+        optim_config: OptimConfig, ranks: Ranks, device: torch.device,
+    ):  # fmt: skip
+        """`settings` is `deepspeed_config(...)`; `loss_rows(model, inputs, labels)` gives each row's summed loss."""
+        deepspeed_logger.setLevel("ERROR")
+        # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=None, verbose=False)
+        self.stage = settings["zero_optimization"]["stage"]
+        self.world_size, self.rank, self.device, self.loss_rows = ranks.world_size, ranks.rank, device, loss_rows
+        sharded = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else nullcontext()
+        with sharded:
+            model = build_model()
+        groups = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optim.build(optim_config, groups), config=settings
+        )
+        self.torch_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.grad_clip = optim_config.grad_clip
+        self.parameters = dict(self.engine.module.named_parameters())
+        self._states = {id(flat): optim.init_state(self.torch_optimizer, optim_config.name, flat)
+                        for flat in self._flat_parameters()}  # fmt: skip
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self.state_kinds = optim.STATE_KINDS[optim_config.name]
+
+    def step(self, micro_batches: list[MicroBatch], targets: int, lr: float) -> tuple[float, float]:
+        """One update from this rank's micro-batches (inputs [b, T], labels [b, T]) of a global batch with `targets`
+        target tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
+
+        The gradient is that of the mean over all targets of the global batch, however it is split: DeepSpeed averages
+        over the ranks, so each row's sum is scaled by ranks / targets.
+        """
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = None
+        for index, (inputs, labels) in enumerate(micro_batches):
+            loss_sum = self.loss_rows(self.engine, inputs, labels).sum()
+            total += loss_sum.detach()
+            self.engine.backward(loss_sum * (self.world_size / targets), scale_wrt_gas=False)
+            if index == len(micro_batches) - 1 and self._is_plain():
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return all_reduce_sum(total.cpu()).item() / targets, float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed loss of each row [b], fp64 on the CPU. Under ZeRO-3 every rank must call it equally often."""
+        self.engine.eval()
+        return self.loss_rows(self.engine, inputs, labels).double().cpu()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """All that this rank owns: together the ranks own every element exactly once (stage 0: all of it, each)."""
+        walk = {1: self._fragments_of_partition, 2: self._fragments_of_partition, 3: self._fragments_of_stage3}
+        for name, parameter in self.parameters.items():
+            yield from walk.get(self.stage, self._fragments_of_copy)(name, parameter)
+
+    def fragments_to_save(self) -> Iterator[Fragment]:
+        """The fragments of which this rank is the one to write: at stage 0, where all own all, rank 0's."""
+        return self.fragments() if self.stage or self.rank == 0 else iter(())
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates the optimizer has counted, for its bias correction."""
+        return int(next(iter(self._states.values()))["step"].item())
+
+    @torch.no_grad()
+    def refresh(self, optimizer_steps: int) -> None:
+        """After the fragments were written to: bring the weights that the model computes with up to date."""
+        for state in self._states.values():
+            state["step"].fill_(float(optimizer_steps))
+        if self.stage in (1, 2):
+            self.optimizer.update_lp_params()
+        elif self.stage == 3:
+            persistent = self.optimizer.persistent_parameters  # small ones, that DeepSpeed keeps whole on each rank
+            if persistent:
+                persistent[0].partition(persistent)
+            lows, fulls = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
+            for low, full in zip(lows, fulls, strict=True):
+                low.data.copy_(full.data)
+            if persistent:
+                persistent[0].all_gather(persistent)
+        elif not self._is_plain():
+            for low, full in self._copies().values():
+                low.data.copy_(full.data)
+
+    def _is_plain(self) -> bool:
+        """Stage 0 in fp32: DeepSpeed leaves the torch optimizer as it is."""
+        return self.optimizer is self.torch_optimizer
+
+    def _flat_parameters(self) -> list[torch.Tensor]:
+        """The fp32 tensors that the torch optimizer steps."""
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        if self.stage in (1, 2):
+            return list(self.optimizer.single_partition_of_fp32_groups)
+        return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
+
+    def _copies(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Stage 0 in bf16: id of a parameter -> (it, its fp32 copy)."""
+        return {
+            id(low): (low, full)
+            for lows, fulls in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+            for low, full in zip(lows, fulls, strict=True)
+        }
+
+    def _fragments_of_copy(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
+        full = parameter if self._is_plain() else self._copies()[id(parameter)][1]
+        shape = tuple(parameter.shape)
+        yield Fragment(name, WEIGHT, 0, shape, full.data.view(-1))
+        for kind in self.state_kinds:
+            yield Fragment(name, kind, 0, shape, self._states[id(full)][kind].view(-1))
+
+    def _fragments_of_partition(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return
+        offset, shape = mapping.lp_fragment_address.start, tuple(parameter.shape)
+        yield Fragment(name, WEIGHT, offset, shape, mapping.get_hp_fragment().data)
+        for kind in self.state_kinds:
+            yield Fragment(name, kind, offset, shape, mapping.get_hp_fragment(kind))
+
+    def _fragments_of_stage3(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
+        width = parameter.ds_tensor.ds_numel  # the same on every rank: the last one's is padded
+        offset = self.rank * width
+        owned = max(0, min(width, parameter.ds_numel - offset))
+        if not owned:
+            return
+        shape = tuple(parameter.ds_shape)
+        yield Fragment(name, WEIGHT, offset, shape, safe_get_local_fp32_param(parameter).data[:owned])
+        for kind in self.state_kinds:
+            yield Fragment(name, kind, offset, shape, safe_get_local_optimizer_state(parameter, kind)[:owned])

@@ -1,0 +1,37 @@
+"""What ends a run early: a loss that is not finite, and the signals that clusters send before they take a node away."""
+
+import math
+import signal
+
+import torch
+
+from pretrain.config import GuardConfig
+from pretrain.dist import all_gather_tensor
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Guard:
+    """Watches one run. A stop signal on any rank becomes the same decision on all of them, between two steps."""
+
+    def __init__(self, config: GuardConfig):
+        self.config = config
+        self.received = 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def agreed_stop(self) -> str | None:
+        """The name of a stop signal that some rank received, the same on every rank, or None. On all ranks."""
+        number = int(all_gather_tensor(torch.tensor([self.received])).max())
+        return signal.Signals(number).name if number else None
+
+    def check(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise `FloatingPointError` for a loss or gradient norm that is not finite, before anything of it is saved."""
+        if self.config.on_nonfinite == "stop" and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}. The last checkpoint is good: run the same "
+                "command to go on from it, with a lower optim.lr, more schedule.warmup_steps or train.precision=fp32"
+            )

@@ -1,0 +1,1 @@
+"""The Transformer, its parts, heads and losses."""

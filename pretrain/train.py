@@ -1,0 +1,232 @@
+"""Pretrain a language model: config -> data -> model -> engine -> loop.
+
+    torchrun --nproc-per-node 2 -m pretrain.train experiment=quickstart run.name=first data.train=shards data.val=shards
+
+`--help` lists every key; `--check` judges the configuration and the data and trains nothing. Started again, the same
+command continues the run.
+"""
+
+import json
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint, compose, config, dist, engine, generate, hardware, loop, report
+from pretrain.config import Config, ModelConfig
+from pretrain.data import manifest as manifests
+from pretrain.data.objectives import OBJECTIVES
+from pretrain.data.stream import Stream
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.evaluate import Validation
+from pretrain.guard import Guard
+from pretrain.log import Log
+from pretrain.model.heads import LanguageModel
+from pretrain.model.losses import cross_entropy_rows
+from pretrain.model.transformer import flops_per_token, initial_value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check: its config, the model with its vocabulary, the data, opened."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    stream: Stream
+    validation: Validation | None
+    identity: dict
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.root) / self.config.run.name
+
+
+def main() -> None:
+    """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
+    ranks = dist.from_environment()
+    check_only = "--check" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--check"]
+    plans, mistake = [], None
+    try:
+        compose.hydra_main("pretrain", lambda cfg: plans.append(make_plan(cfg, ranks)))
+        if not plans:  # --help, --cfg job
+            return
+    except (ValueError, OSError) as error:
+        mistake = str(error)
+    if check_only:
+        refuse([mistake] if mistake else [], ranks)
+        return
+    device = dist.start(ranks)
+    refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
+    try:
+        run(plans[0], ranks, device)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr) if ranks.is_main else None
+        dist.finish(1)
+    except BaseException:
+        traceback.print_exc()
+        dist.finish(1)
+    dist.finish(0)
+
+
+def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
+    """End all ranks with one message when any of them found a mistake."""
+    if mistakes:
+        if ranks.is_main:
+            print(f"error: {mistakes[0]}", file=sys.stderr)
+        dist.finish(2)
+
+
+def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
+    """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
+    config.accumulation_steps(cfg.train, ranks.world_size)
+    engine.check_extra(cfg.deepspeed)
+    if not cfg.data.train:
+        raise ValueError("data.train has no value: give a folder of shards (tools/write_shards.py)")
+    train = manifests.load(manifests.resolve_split(cfg.data.train, "train"))
+    tokenizer = Tokenizer(cfg.data.tokenizer or train.tokenizer_path)
+    train.check_tokenizer(tokenizer.path, tokenizer.sha256)
+    stream = Stream(
+        train, cfg.train.seq_len, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size,
+        prefetch_batches=cfg.data.prefetch_batches,
+    )  # fmt: skip
+    needed = tokenizer.vocab_size
+    if 0 < cfg.model.vocab_size < needed:
+        raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or needed)
+    identity = {"train": train.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    plan = Plan(cfg, model, tokenizer, stream, open_validation(cfg, tokenizer), identity)
+    if ranks.is_main:
+        check_run_folder(plan)
+    return plan
+
+
+def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
+    """The held-out shards in their natural order, when the config names any."""
+    if not cfg.data.val:
+        return None
+    held_out = manifests.load(manifests.resolve_split(cfg.data.val, "val"))
+    held_out.check_tokenizer(tokenizer.path, tokenizer.sha256)
+    ordered = Stream(held_out, cfg.train.seq_len, 0, 1, 0, 1, shuffle=False)
+    objective, lengths = OBJECTIVES[cfg.objective.name], tokenizer.byte_lengths()
+    return Validation(ordered, objective, cfg.train.eval_samples, cfg.train.micro_batch_size, lengths)
+
+
+def check_run_folder(plan: Plan) -> None:
+    """Refuse a folder that holds another run; say what changed where the run can go on under other conditions."""
+    folder, cfg = plan.folder, plan.config
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} exists and is not a run: choose another run.name")
+    if cfg.resume == "never":
+        raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
+    safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
+    before = json.loads((folder / "data.json").read_text())
+    changed = [key for key, value in plan.identity.items() if before[key] != value]
+    unsafe += [f"data ({key}): {before[key][:12]} -> {plan.identity[key][:12]}" for key in changed]
+    if unsafe:
+        changes = "; ".join(unsafe)
+        raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
+    if safe:
+        print(f"{cfg.run.name} goes on with changed settings: {'; '.join(safe)}", file=sys.stderr)
+
+
+def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
+    """A checked run on this rank, from its last checkpoint or its first step to the last."""
+    cfg, folder = plan.config, plan.folder
+    precision = hardware.resolve_precision(cfg.train.precision, device)
+    if ranks.is_main:
+        print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
+              "measuring the peak and building the model", flush=True)  # fmt: skip
+        write_run_folder(plan)
+    peak, peak_source = hardware.peak_flops(device, precision)
+    trainer = build_engine(plan, precision, ranks, device)
+    rejected: list[dict] = []
+    found = checkpoint.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
+    start_step = start_from(found, trainer, plan)
+    log = Log(cfg.log, folder, cfg.train.steps, asdict(cfg), start_step, ranks.is_main)
+    for facts in rejected:
+        log.event("checkpoint_rejected", **facts)
+    log.event(
+        "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
+        zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
+        peak_tflops=peak * ranks.world_size / 1e12, unused_tokens=plan.stream.unused_tokens,
+    )  # fmt: skip
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
+    facts = {
+        "model": asdict(plan.model),
+        "flops_per_token": flops_per_token(plan.model, cfg.train.seq_len),
+        "peak_flops": peak * ranks.world_size,
+    }
+    objective = OBJECTIVES[cfg.objective.name]
+    step = loop.train_loop(
+        cfg, trainer, plan.stream, objective, plan.validation, checkpoints, Guard(cfg.guard), log, ranks, facts,
+        start_step,
+    )  # fmt: skip
+    if ranks.is_main:
+        if start_step < step == cfg.train.steps:
+            write_sample(plan, step)
+        log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
+        log.close()
+
+
+def write_run_folder(plan: Plan) -> None:
+    """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(plan.tokenizer.path, plan.folder / "tokenizer.model")
+    (plan.folder / "data.json").write_text(json.dumps(plan.identity, indent=1))
+    (plan.folder / "environment.json").write_text(json.dumps(hardware.environment(), indent=1))
+    (plan.folder / "config.yaml").write_text(config.to_yaml(plan.config))
+
+
+def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
+    """The model under DeepSpeed, with weights still to be filled in (`start_from`)."""
+    cfg, batch, micro = plan.config, plan.config.train.global_batch_size, plan.config.train.micro_batch_size
+    accumulation = config.accumulation_steps(cfg.train, ranks.world_size)
+    clip = cfg.optim.grad_clip
+    settings = engine.deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
+
+    def build_model() -> LanguageModel:
+        return LanguageModel(plan.model, cfg.train.activation_checkpointing)
+
+    def loss_rows(module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy_rows(module(inputs), labels)
+
+    return engine.Engine(build_model, loss_rows, settings, cfg.optim, ranks, device)
+
+
+def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
+    """Fill the engine from a checkpoint, or with the initial values; returns the steps done."""
+    if found is not None:
+        plan.stream.check_state(checkpoint.read_header(found).state)
+        header = checkpoint.load(found, trainer.fragments())
+        trainer.refresh(header.optimizer_steps)
+        return header.step
+    for fragment in trainer.fragments():
+        if fragment.kind == engine.WEIGHT:
+            full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
+            fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
+    trainer.refresh(0)
+    return 0
+
+
+def write_sample(plan: Plan, step: int) -> None:
+    """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the run's samples."""
+    settings = plan.config.log
+    if settings.sample_tokens == 0:
+        return
+    model = checkpoint.load_model(plan.folder)
+    text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
+    with open(plan.folder / "samples.jsonl", "a") as file:
+        sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}
+        file.write(json.dumps(sample) + "\n")
+
+
+if __name__ == "__main__":
+    main()

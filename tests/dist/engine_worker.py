@@ -1,0 +1,114 @@
+"""Run under torchrun by test_engine.py: steps the engine in many set-ups in one process group, results as JSON.
+
+    torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint, compose, config, dist, engine
+from pretrain.data.objectives import IGNORE
+from pretrain.model.heads import LanguageModel
+from pretrain.model.losses import cross_entropy_rows
+from pretrain.model.transformer import initial_value
+
+VOCAB, BATCH, LENGTH = 211, 8, 24
+GENERATOR = torch.Generator().manual_seed(0)
+TOKENS = torch.randint(0, VOCAB, (2, BATCH, LENGTH + 1), generator=GENERATOR)
+LABELS = TOKENS[:, :, 1:].clone()
+for _row in range(BATCH):  # rows with very different numbers of targets: a mean of means would show
+    LABELS[:, _row, : 3 * _row] = IGNORE
+
+
+def main(out: Path) -> None:
+    ranks = dist.from_environment()
+    device = dist.start(ranks)
+    results = {"stages": {}, "splits": {}, "moves": {}}
+    for precision in ("fp32", "bf16"):
+        for stage in (0, 1, 2, 3):
+            results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
+    for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
+        results["splits"][str(micro)] = gradient(micro, ranks, device)
+    if ranks.world_size == 2:
+        for before, after in ((1, 3), (3, 2), (2, 0), (0, 1)):
+            results["moves"][f"{before}-{after}"] = move(before, after, out.parent, ranks, device)
+    if ranks.is_main:
+        out.write_text(json.dumps(results))
+    dist.finish(0)
+
+
+def build(stage: int, precision: str, micro: int, ranks, device, clip: float = 1.0) -> engine.Engine:
+    overrides = ["run.name=x", "model=llama_tiny", "model.layers=1", f"model.vocab_size={VOCAB}", "train.seq_len=24"]
+    cfg = compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}"])
+    train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
+    accumulation = config.accumulation_steps(train_config, ranks.world_size)
+    settings = engine.deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
+
+    def loss_rows(model, inputs, labels):
+        return cross_entropy_rows(model(inputs), labels)
+
+    built = engine.Engine(
+        lambda: LanguageModel(cfg.model), loss_rows, settings, replace(cfg.optim, grad_clip=clip), ranks, device
+    )
+    for f in built.fragments():
+        if f.kind == engine.WEIGHT:
+            f.values.copy_(initial_value(f.name, f.shape, cfg.model, 0).view(-1)[f.offset : f.offset + len(f.values)])
+    built.refresh(0)
+    built.micro = micro
+    return built
+
+
+def train(built: engine.Engine, ranks, steps: int, first: int = 0) -> dict:
+    """Losses, norms and the coverage of the fragments after `steps` updates."""
+    losses, norms = [], []
+    for k in range(first, first + steps):
+        rows = slice(ranks.rank, None, ranks.world_size)
+        inputs, labels = TOKENS[k % 2, rows, :-1], LABELS[k % 2, rows]
+        parts = list(zip(inputs.split(built.micro), labels.split(built.micro), strict=True))
+        loss, norm = built.step(parts, int((LABELS[k % 2] != IGNORE).sum()), 1e-2)
+        losses.append(loss)
+        norms.append(norm)
+    owned = [[f.name, f.kind, f.offset, len(f.values)] for f in built.fragments_to_save()]
+    shapes = {f.name: list(f.shape) for f in built.fragments()}
+    gathered = dist.all_gather_objects([owned, shapes])
+    return {
+        "losses": losses, "norms": norms, "steps": built.optimizer_steps,
+        "owned": [entry for part, _ in gathered for entry in part],
+        "shapes": {name: shape for _, part in gathered for name, shape in part.items()},
+    }  # fmt: skip
+
+
+def gradient(micro: int, ranks, device) -> dict:
+    """The gradient of the first step, out of AdamW's first moment: exp_avg = (1 - beta1) g, without clipping."""
+    built = build(1, "fp32", micro, ranks, device, clip=0.0)
+    result = train(built, ranks, 1)
+    mine = [(f.name, f.offset, f.values.tolist()) for f in built.fragments() if f.kind == "exp_avg"]
+    pieces = sorted(piece for part in dist.all_gather_objects(mine) for piece in part)
+    return {"loss": result["losses"][0], "norm": result["norms"][0],
+            "gradient": [value / 0.1 for _, _, values in pieces for value in values]}  # fmt: skip
+
+
+def move(before: int, after: int, folder: Path, ranks, device) -> dict:
+    """Three steps at one stage, a checkpoint, three at another: what it loaded and how it went on."""
+    first = build(before, "fp32", 2, ranks, device)
+    losses = train(first, ranks, 3)["losses"]
+    path = folder / f"checkpoints-{before}-{after}"
+    events = []
+    saver = checkpoint.Checkpoints(path, ranks, 1, lambda kind, **facts: events.append(kind))
+    header = checkpoint.Header(3, "adamw", first.optimizer_steps, {}, {})
+    saver.save(header, first.fragments_to_save())
+    assert saver.wait(), events
+    second = build(after, "fp32", 2, ranks, device)
+    found = checkpoint.choose(path, ranks, lambda kind, **facts: events.append(kind))
+    loaded = checkpoint.load(found, second.fragments())
+    second.refresh(loaded.optimizer_steps)
+    result = train(second, ranks, 3, first=3)
+    return {"losses": losses + result["losses"], "events": events, "steps": result["steps"]}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

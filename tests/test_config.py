@@ -1,0 +1,106 @@
+"""Every shipped config composes, and every mistake in one is refused with its key, its origin and a remedy."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from pretrain import compose, config
+
+CONF = compose.conf_folder()
+GROUPS = ("model", "data", "objective", "optim", "schedule", "deepspeed", "log", "guard", "experiment")
+CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("[!_]*.yaml"))]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes(choice):
+    cfg = compose.compose("pretrain", ["run.name=x", choice])
+    group, _, name = choice.partition("=")
+    if group in ("schedule", "optim", "objective"):
+        assert getattr(cfg, group).name == name
+    if group == "deepspeed":
+        assert f"zero{cfg.deepspeed.stage}" == name
+
+
+def test_every_group_of_the_issue_is_there():
+    assert {choice.partition("=")[0] for choice in CHOICES} == set(GROUPS)
+
+
+def test_the_yaml_round_trip_keeps_every_value(tmp_path):
+    cfg = compose.compose("pretrain", ["run.name=x", "optim.lr=0.00123", "data.train=a b"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
+    assert compose.read(tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["train.stepz=3"], ["train.stepz", "command line: train.stepz=3", "train.steps"]),
+        (["+train.stepz=3"], ["train.stepz", "command line: +train.stepz=3", "train.steps"]),
+        (["++model.layrs=3"], ["model.layrs", "model.layers"]),
+        (["+nothing=3"], ["nothing", "unknown key"]),
+        (["steps=3"], ["steps", "train.steps"]),
+        (["train.steps=many"], ["train.steps", "many"]),
+        (["train.steps=1.5"], ["train.steps", "1.5"]),
+        (["optim.lr=[1]"], ["optim.lr"]),
+        (["optim.lr=nan"], ["optim.lr", "finite"]),
+        (["optim.lr=0"], ["optim.lr", "greater than 0"]),
+        (["train.steps=-1"], ["train.steps", "greater than 0"]),
+        (["schedule.warmup_steps=-1"], ["schedule.warmup_steps", "negative"]),
+        (["model.dropout=2"], ["model.dropout", "between 0 and 1"]),
+        (["train.precision=fp23"], ["train.precision", "fp32"]),
+        (["model=lama_14m"], ["model/lama_14m", "llama_14m"]),
+        (["train.seq_len=5000"], ["train.seq_len=5000", "model.max_positions=1024"]),
+        (["model.heads=5"], ["model.width=384", "model.heads=5"]),
+        (["model.kv_heads=4"], ["model.heads=6", "model.kv_heads=4"]),
+        (["run.name=a/b"], ["run.name", "slash"]),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_remedy(overrides, words):
+    with pytest.raises(ValueError) as caught:
+        compose.compose("pretrain", ["run.name=x", *overrides])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_value_says_what_to_add():
+    with pytest.raises(ValueError, match=r"run.name has no value: add run.name="):
+        compose.compose("pretrain", [])
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path, monkeypatch):
+    shutil.copytree(CONF, tmp_path / "conf")
+    bad = tmp_path / "conf" / "model" / "llama_tiny.yaml"
+    bad.write_text(bad.read_text().replace("layers: 2", "layers: two"))
+    monkeypatch.setattr(compose, "conf_folder", lambda: tmp_path / "conf")
+    with pytest.raises(ValueError, match=r"model.layers \(from conf/model/llama_tiny.yaml\)"):
+        compose.compose("pretrain", ["run.name=x", "model=llama_tiny", "train.seq_len=8"])
+
+
+def test_accumulation_is_derived_and_must_divide():
+    train = compose.compose("pretrain", ["run.name=x"]).train
+    assert config.accumulation_steps(replace(train, global_batch_size=24, micro_batch_size=3), 2) == 4
+    with pytest.raises(ValueError) as caught:
+        config.accumulation_steps(replace(train, global_batch_size=14, micro_batch_size=4), 2)
+    message = str(caught.value)
+    assert "train.global_batch_size=14" in message and "8 or 16" in message and "one of 1, 7" in message
+    with pytest.raises(ValueError, match="take train.global_batch_size=3$"):
+        config.accumulation_steps(replace(train, global_batch_size=1, micro_batch_size=1), 3)
+
+
+def test_differences_tell_safe_changes_from_unsafe_ones():
+    old = compose.compose("pretrain", ["run.name=x"])
+    new = compose.compose("pretrain", ["run.name=x", "train.steps=7", "model.layers=3", "seed=1", "deepspeed=zero3"])
+    safe, unsafe = config.differences(old, new)
+    assert safe == ["train.steps: 1000 -> 7", "deepspeed.stage: 1 -> 3"]
+    assert unsafe == ["seed: 0 -> 1", "model.layers: 7 -> 3"]
+
+
+def test_conf_files_hold_every_default_of_the_schema():
+    flat = config.flatten(compose.compose("pretrain", ["run.name=x"]))
+    documented = set()
+    for file in CONF.rglob("*.yaml"):
+        for key, value in (yaml.safe_load(file.read_text()) or {}).items():
+            documented |= {key, *(value if isinstance(value, dict) else ())}
+    assert {key.rpartition(".")[2] for key in flat} <= documented

@@ -1,0 +1,106 @@
+"""The design holds: who imports whom, how long functions and files are, and what no file may contain."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+LAYERS = {
+    "config": 0, "dist": 0, "cli": 0, "hardware": 0,
+    "compose": 1, "data": 1, "model": 1, "optim": 1,
+    "engine": 2,
+    "checkpoint": 3, "guard": 3, "log": 3, "report": 3, "evaluate": 3, "generate": 3,
+    "loop": 4,
+    "train": 5,
+}  # fmt: skip
+# Within data/ and model/: what each module may import of its own package.
+INSIDE = {
+    "data.manifest": set(), "data.order": set(), "data.tokenizer": set(), "data.objectives": set(),
+    "data.documents": set(), "data.shards": {"data.manifest"},
+    "data.stream": {"data.manifest", "data.order", "data.shards"},
+    "model.attention": set(), "model.losses": set(), "model.transformer": {"model.attention"},
+    "model.heads": {"model.transformer"},
+}  # fmt: skip
+SOLE_USERS = {
+    "deepspeed": {"engine"}, "wandb": {"log"}, "omegaconf": {"compose"}, "hydra": {"compose"},
+    "tarfile": {"data.shards"}, "sentencepiece": {"data.tokenizer"}, "matplotlib": {"report"},
+    "safetensors": {"checkpoint"}, "zstandard": {"data.documents"},
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "pretrain").with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, wherever in the file; `from pretrain import x` counts as pretrain.x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, as config, data.stream, ..."""
+    known = {module_name(file) for file in PACKAGE}
+    return {name.removeprefix("pretrain.") for name in imports(path)} & known - {"__init__"}
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE if p.name != "__init__.py"], ids=module_name)
+def test_imports_go_down(path):
+    name = module_name(path)
+    top = name.partition(".")[0]
+    for imported in own_imports(path):
+        other = imported.partition(".")[0]
+        if other == top:
+            assert imported in INSIDE[name], f"{name} imports its sibling {imported}"
+        else:
+            assert LAYERS[other] < LAYERS[top], f"{name} imports {imported} of its own layer or above"
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_tools_use_layers_0_to_3(path):
+    for imported in own_imports(path):
+        assert LAYERS[imported.partition(".")[0]] <= 3
+    assert not any(name.startswith("tools") for name in imports(path))
+
+
+@pytest.mark.parametrize("library", SOLE_USERS)
+def test_each_heavy_library_has_one_home(library):
+    users = {module_name(p) for p in PACKAGE if any(name.partition(".")[0] == library for name in imports(p))}
+    assert users == SOLE_USERS[library]
+
+
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350, f"{path} is too long"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 50, f"{path}: {node.name} is too long"
+
+
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_its_purpose_and_every_tool_its_command(path):
+    purpose = ast.get_docstring(ast.parse(path.read_text()))
+    assert purpose
+    if path.parent.name == "tools":
+        assert purpose.startswith(f"python tools/{path.name}")
+
+
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles_or_runs_what_it_reads(path):
+    text = path.read_text()
+    for name in ("pickle.load", "torch.load", "allow_pickle=True", "extractall", "trust_remote_code", "instantiate("):
+        assert name not in text
+    tree = ast.parse(text)
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not calls & {"eval", "exec"}

@@ -1,0 +1,96 @@
+"""DeepSpeed ZeRO through the engine, on 2 real ranks: equal losses, gradients and checkpoints at every stage."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+
+from pretrain import compose, engine
+from tests.conftest import ROOT, torchrun
+
+WORKER = str(ROOT / "tests" / "dist" / "engine_worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, environment):
+    """{number of ranks: what engine_worker.py found}."""
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp(f"engine-{ranks}") / "out.json"
+        command = torchrun(2, WORKER, str(out)) if ranks == 2 else [sys.executable, WORKER, str(out)]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+        found[ranks] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp32_losses_are_the_same_at_every_stage(results, ranks, stage):
+    reference = results[1]["stages"]["fp32-0"]
+    found = results[ranks]["stages"][f"fp32-{stage}"]
+    assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert reference["losses"][5] < reference["losses"][1] - 0.1, "two batches seen thrice are learnt"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_follows_fp32_at_every_stage(results, ranks, stage):
+    found = results[ranks]["stages"][f"bf16-{stage}"]["losses"]
+    reference = results[1]["stages"]["fp32-0"]["losses"]
+    assert found == pytest.approx(reference, rel=0.02)
+    assert found != pytest.approx(reference, rel=1e-6), "bf16 must be bf16"
+
+
+def test_the_gradient_does_not_depend_on_the_split(results):
+    """Ranks, micro-batches and accumulation steps of one global batch, whose rows differ in their number of targets."""
+    reference = results[1]["splits"]["8"]
+    scale = max(abs(value) for value in reference["gradient"])
+    checked = 0
+    for ranks in (1, 2):
+        for found in results[ranks]["splits"].values():
+            assert found["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+            assert found["norm"] == pytest.approx(reference["norm"], rel=1e-5)
+            worst = max(abs(a - b) for a, b in zip(found["gradient"], reference["gradient"], strict=True))
+            assert worst < 1e-5 * scale
+            checked += 1
+    assert checked == 7 and scale > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
+def test_every_element_is_written_exactly_once(results, case, kind):
+    found = results[2]["stages"][case]
+    pieces = defaultdict(list)
+    for name, owned_kind, offset, numel in found["owned"]:
+        if owned_kind == kind:
+            pieces[name].append((offset, offset + numel))
+    assert set(pieces) == set(found["shapes"])
+    for name, shape in found["shapes"].items():
+        ends = [0] + [end for _, end in sorted(pieces[name])]
+        assert [start for start, _ in sorted(pieces[name])] == ends[:-1] and ends[-1] == math.prod(shape)
+
+
+@pytest.mark.parametrize("before, after", [(1, 3), (3, 2), (2, 0), (0, 1)])
+def test_a_checkpoint_moves_between_stages(results, before, after):
+    found = results[2]["moves"][f"{before}-{after}"]
+    assert found["losses"] == pytest.approx(results[1]["stages"]["fp32-0"]["losses"], rel=1e-5)
+    assert found["events"] == ["saved"] and found["steps"] == 6
+
+
+def test_extra_settings_are_checked_against_deepspeeds_own():
+    def with_extra(extra):
+        cfg = compose.compose("pretrain", ["run.name=x", f"++deepspeed.extra={extra}"]).deepspeed
+        return engine.deepspeed_config(cfg, 8, 2, 2, 1.0, "fp32")
+
+    settings = with_extra("{zero_optimization: {overlap_comm: false}}")
+    assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    with pytest.raises(ValueError, match="deepspeed.extra.zero_optimisation"):
+        with_extra("{zero_optimisation: {}}")
+    with pytest.raises(ValueError, match="zero_optimization.overlap_com:"):
+        with_extra("{zero_optimization: {overlap_com: true}}")
+    with pytest.raises(ValueError, match="deepspeed=zero0"):
+        with_extra("{zero_optimization: {stage: 3}}")

@@ -1,0 +1,203 @@
+"""The tokenizer: lossless on hard text, special ids, bytes behind each id, clear errors; the tool that trains it."""
+
+import gzip
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import python_like_text
+
+from pretrain.data.tokenizer import SPECIAL_PIECES, Tokenizer, train
+from tools import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "    ",
+    " leading",
+    "trailing ",
+    "  two  and   three   ",
+    "\n",
+    "\n\n\n",
+    "\ttab\t\tand tab",
+    "windows\r\nlines\r\n",
+    "old mac\rlines\r",
+    "def f(x):\n    if x:\n\treturn  1\n\n\n",
+    "nul \0 inside",
+    "\0",
+    "\0\0a\0",
+    "\x01\x1b\x7f control",
+    "中文字符，没有空格。",
+    "日本語とひらがな",
+    "🎉👩\u200d👩\u200d👧\u200d👦🏳️\u200d🌈",
+    "e\u0301 n\u0303 \u0300alone",
+    "\u00e9 composed and e\u0301 decomposed, ﬁ ligature, ① ½ Å",
+    "\ufeffbyte order mark",
+    "\u00a0\u2003\u3000\u2028\u2029\x85 strange spaces",
+    "<s> </s> <pad> <mask> <unk> <cls> <sep>",
+    "<s></s><s>",
+    "<0x41><0x0A>",
+    "\u2047 \u2585 \ufffd",
+    "\U0010ffff\U000e0001",
+    "1234567890 3.14159 1e-5",
+    "العربية עברית हिन्दी ไทย",
+    "x" * 5000,
+    " " * 5000 + "\n" * 100,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    texts = [python_like_text(60, seed) + "year = 2026\n" * 20 for seed in range(40)]
+    path.write_bytes(train(texts, vocab_size=700))
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
+def test_lossless_and_every_byte_counted(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.encode_batch([text, "other", text], num_threads=2) == [ids, tokenizer.encode("other"), ids]
+
+
+def test_lossless_on_random_text(tokenizer):
+    rng = random.Random(0)
+    lengths = tokenizer.byte_lengths()
+    ranges = [(0, 0x7F), (0, 0x24F), (0x2500, 0x2580), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF), (0xE000, 0x10FFFF)]
+    for _ in range(300):
+        low, high = rng.choice(ranges)
+        text = "".join(rng.choice([chr(rng.randint(low, high)), " ", "\n", "a"]) for _ in range(rng.randint(1, 60)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert lengths[ids].sum() == len(text.encode())
+
+
+def test_the_one_exception(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+
+
+def test_special_ids(tokenizer):
+    assert list(tokenizer.special_ids.items()) == [(name, i) for i, name in enumerate(SPECIAL_PIECES)]
+    t = tokenizer
+    assert (t.unk, t.bos, t.eos, t.pad, t.mask, t.cls, t.sep) == tuple(range(7))
+    assert tokenizer.byte_lengths()[:7].tolist() == [0] * 7
+    assert tokenizer.byte_lengths()[7:263].tolist() == [1] * 256
+    assert tokenizer.decode([1, *tokenizer.encode("text"), 2, 3, 4, 5, 6]) == "text"
+    assert tokenizer.vocab_size == 700
+
+
+def test_code_pieces_are_learned(tokenizer):
+    """Indentation and ends of lines are pieces of their own, so that code stays short; digits stay single."""
+    assert len(tokenizer.encode("            ")) <= 3
+    assert len(tokenizer.encode(")\n")) == 1
+    assert len(tokenizer.encode("2026")) == 4
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="gone.model is not there: train a tokenizer"):
+        Tokenizer(tmp_path / "gone.model")
+    (tmp_path / "text.model").write_text("no model")
+    with pytest.raises(ValueError, match="text.model is not a SentencePiece model"):
+        Tokenizer(tmp_path / "text.model")
+
+
+def test_a_foreign_model_without_the_special_pieces_is_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([python_like_text(200)]), model_prefix=str(tmp_path / "foreign"), vocab_size=100,
+        minloglevel=2, hard_vocab_limit=False, max_sentence_length=100_000,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="foreign.model has no piece <pad>"):
+        Tokenizer(tmp_path / "foreign.model")
+
+
+@pytest.mark.parametrize(
+    "texts, vocab_size, message",
+    [
+        (
+            ["some words\n" * 10],
+            4000,
+            r"a vocabulary of 4000 is too large for this text: use at most \d+, or give more",
+        ),
+        (["some words\n" * 10], 200, r"a vocabulary of 200 is too small .*: use more than \d+"),
+        ([], 1000, "there is no text"),
+        (["", "\n"], 1000, "there is no text"),
+    ],
+)
+def test_impossible_vocabularies(texts, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        train(texts, vocab_size)
+
+
+def run(*argv) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, argv)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60, capture_output=True, text=True
+    )
+
+
+def test_the_tool(tmp_path):
+    (tmp_path / "in" / "skipped").mkdir(parents=True)
+    (tmp_path / "in" / "a.py").write_text(python_like_text(800))
+    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(python_like_text(800, seed=1).encode(), mtime=0))
+    (tmp_path / "in" / "skipped" / "c.py").write_text("\u4e2d" * 1000)
+    argv = ["--input", tmp_path / "in", "--exclude", "skipped", "--vocab-size", 600, "--output"]
+    done = run(*argv, tmp_path / "out" / "tokenizer.model")
+    assert done.returncode == 0, done.stderr
+    assert "training 600 pieces on 0.1 MB" in done.stdout and "600 pieces" in done.stdout.splitlines()[-1]
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    assert tokenizer.vocab_size == 600
+    assert len(tokenizer.encode("\u4e2d")) == 3  # left out, so only bytes
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
+
+    train_tokenizer.main([*map(str, argv), str(tmp_path / "again.model")])
+    assert Tokenizer(tmp_path / "again.model").sha256 == tokenizer.sha256
+
+    refused = run(*argv, tmp_path / "out" / "tokenizer.model")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "tokenizer.model exists already: delete it" in refused.stderr
+    assert Tokenizer(tmp_path / "out" / "tokenizer.model").sha256 == tokenizer.sha256
+
+
+def test_the_tool_refuses_what_it_cannot_do(tmp_path):
+    (tmp_path / "a.txt").write_text("a few words\n" * 20)
+    done = run("--input", tmp_path / "a.txt", "--vocab-size", 9000, "--output", tmp_path / "t.model")
+    assert (
+        done.returncode == 2 and "a vocabulary of 9000 is too large" in done.stderr and "Traceback" not in done.stderr
+    )
+    for argv, message in (
+        (["--input", tmp_path / "gone", "--vocab-size", 300, "--output", "x"], "gone is not a file or a folder"),
+        (["--input", ROOT / "tests", "--include", "*.none", "--vocab-size", 300, "--output", "x"], "matches *.none"),
+    ):
+        with pytest.raises(ValueError) as error:
+            train_tokenizer.main([str(a) for a in argv])
+        assert message in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]
+
+
+def test_the_sample_is_spread_over_the_text_and_bounded(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {n} with some words in it\n" for n in range(3000)))
+    files = train_tokenizer.find_files([tmp_path])
+    texts = train_tokenizer.sample(files, "text", 200_000, train_tokenizer.Counts())
+    assert texts == train_tokenizer.sample(files, "text", 200_000, train_tokenizer.Counts())
+    assert 150_000 < sum(map(len, texts)) < 250_000
+    assert all(any(text.startswith(f"file {i} ") for text in texts) for i in range(10))
+    everything = train_tokenizer.sample(files, "text", 10**9, train_tokenizer.Counts())
+    assert "".join(everything) == "".join((tmp_path / f"{i}.txt").read_text() for i in range(10))
+
+
+def test_pieces_are_whole_lines_where_lines_are_short():
+    text = python_like_text(500) + "x" * 20_000 + "\n" + "y\n" * 10
+    parts = list(train_tokenizer.pieces(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 4000
+    assert all(part.endswith("\n") for part in parts if "x" * 100 not in part)
