@@ -24,7 +24,7 @@ setup(
     package_data={"pretrain.conf": ["*.yaml", "*/*.yaml"]},
     include_package_data=False,
     zip_safe=False,
-    # Ranges here, the exact versions that set-up installs in constraints.txt. Floors of the first three: security fixes.
+    # Ranges; constraints.txt has the exact versions that set-up installs. The first three floors are security fixes.
     install_requires=[
         "hydra-core>=1.3.8,<1.4",
         "torch>=2.10",

@@ -7,7 +7,6 @@ nearest right name.
 import difflib
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,30 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def hydra_main(config_name: str, body: Callable[[Config], None]) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and call `body`; a user's mistake raises `ValueError`."""
+def from_command_line(config_name: str) -> Config | None:
+    """Compose `conf/<config_name>.yaml` with the command line; None when that asked for --help or --cfg only.
+
+    A user's mistake raises `ValueError`.
+    """
     # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
-    sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: the message is ours
+    composed = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder().resolve()), config_name=config_name)
-    def composed(cfg) -> None:
-        if HydraConfig.get().mode.name != "RUN":
-            raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-        body(from_hydra(cfg, tuple(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices)))
+    def note(cfg) -> None:  # what raises in here, Hydra would comment on
+        composed.append((cfg, HydraConfig.get()))
 
     try:
-        composed()
+        note()
     except HydraException as error:
         raise ValueError(_explain(error, sys.argv[1:])) from error
+    if not composed:
+        return None
+    cfg, hydra_config = composed[0]
+    if len(composed) > 1 or hydra_config.mode.name != "RUN":
+        raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
+    return from_hydra(cfg, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
 
 
 def compose(config_name: str, overrides: list[str]) -> Config:

@@ -28,10 +28,11 @@ class Guard:
         number = int(all_gather_tensor(torch.tensor([self.received])).max())
         return signal.Signals(number).name if number else None
 
-    def check(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise `FloatingPointError` for a loss or gradient norm that is not finite, before anything of it is saved."""
-        if self.config.on_nonfinite == "stop" and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}. The last checkpoint is good: run the same "
-                "command to go on from it, with a lower optim.lr, more schedule.warmup_steps or train.precision=fp32"
-            )
+    def problem(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Why the run must end before anything of this step is saved, the same on every rank; None to go on."""
+        if self.config.on_nonfinite == "ignore" or (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return None
+        return (
+            f"step {step}: loss {loss}, gradient norm {grad_norm}. The last checkpoint is good: run the same command "
+            "to go on from it, with a lower optim.lr, more schedule.warmup_steps or train.precision=fp32"
+        )

@@ -23,7 +23,8 @@ def train_loop(
 ) -> int:  # fmt: skip
     """Train from `start_step` to `config.train.steps` or to a stop signal; returns the last step, which is saved.
 
-    `model_facts`: the model's config with its vocabulary (kept in checkpoints), its FLOPs a token and the ranks' peak.
+    `model_facts`: the model's config with its vocabulary (kept in checkpoints), its FLOPs a token, the ranks' peak.
+    Raises `FloatingPointError` when the guard ends the run.
     """
     train = config.train
     batches = stream.batches(start_step)
@@ -37,7 +38,10 @@ def train_loop(
         parts = micro_batches(inputs, labels, train.micro_batch_size, engine.device)
         loss, grad_norm = engine.step(list(parts), targets, lr)
         step += 1
-        guard.check(step, loss, grad_norm)
+        if problem := guard.problem(step, loss, grad_norm):
+            checkpoints.wait()
+            log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)
+            raise FloatingPointError(problem)
         seconds = time.perf_counter() - started
         speed = train.global_batch_size * train.seq_len / seconds
         row = {

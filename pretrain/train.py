@@ -51,11 +51,12 @@ def main() -> None:
     ranks = dist.from_environment()
     check_only = "--check" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--check"]
-    plans, mistake = [], None
+    plan, mistake = None, None
     try:
-        compose.hydra_main("pretrain", lambda cfg: plans.append(make_plan(cfg, ranks)))
-        if not plans:  # --help, --cfg job
+        cfg = compose.from_command_line("pretrain")
+        if cfg is None:
             return
+        plan = make_plan(cfg, ranks)
     except (ValueError, OSError) as error:
         mistake = str(error)
     if check_only:
@@ -64,7 +65,7 @@ def main() -> None:
     device = dist.start(ranks)
     refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
     try:
-        run(plans[0], ranks, device)
+        run(plan, ranks, device)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr) if ranks.is_main else None
         dist.finish(1)
@@ -164,6 +165,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         "flops_per_token": flops_per_token(plan.model, cfg.train.seq_len),
         "peak_flops": peak * ranks.world_size,
     }
+    if start_step >= cfg.train.steps:
+        log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
     objective = OBJECTIVES[cfg.objective.name]
     step = loop.train_loop(
         cfg, trainer, plan.stream, objective, plan.validation, checkpoints, Guard(cfg.guard), log, ranks, facts,

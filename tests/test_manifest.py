@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_helpers import random_documents, write_dataset
 
 from pretrain.data import manifest as manifests
+from tests.data_helpers import random_documents, write_dataset
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The order of samples: exact, complete, the same for ever."""
 
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -135,6 +136,15 @@ def test_far_into_a_huge_epoch_costs_little():
     order = Order(np.full(100_000, 1_000_000), seed=1)  # 100 billion samples
     places = order.locate(np.arange(5 * 10**10, 5 * 10**10 + 1024))
     assert len(set(triples(places))) == 1024
+
+
+def test_memory_stays_bounded():
+    order = Order(np.full(10, 1_000_000), seed=1)
+    tracemalloc.start()
+    order.locate(np.arange(0, 20_000_000, 10_007))  # every block of two epochs: 40 tables of 1 MiB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
 
 
 GOLDEN_PERMUTATION = [3, 4, 2, 5, 0, 7, 1, 6]

@@ -6,11 +6,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from data_helpers import random_documents, write_dataset
 
 from pretrain.data import shards as shards_module
 from pretrain.data.manifest import CONTINUES
 from pretrain.data.shards import ShardReader, token_dtype
+from tests.data_helpers import random_documents, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,9 @@ def test_windows(tmp_path, documents, dtype, seq_len):
     assert position == len(whole)
 
 
-def test_any_order_any_length_and_few_open_files(dataset, monkeypatch):
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_any_order_any_length_and_few_open_files(tmp_path, documents, dtype, monkeypatch):
+    dataset = write_dataset(tmp_path / "data", documents, dtype=dtype)
     monkeypatch.setattr(shards_module, "OPEN_SHARDS", 2)
     reader, fresh = ShardReader(dataset), ShardReader(dataset)
     rng = np.random.default_rng(0)

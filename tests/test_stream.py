@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import random_documents, write_dataset
 
 from pretrain.data.manifest import Manifest
 from pretrain.data.objectives import IGNORE, OBJECTIVES
 from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
+from tests.data_helpers import random_documents, write_dataset
 
 SEQ_LEN = 32
 BATCH = 24

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import python_like_text
 
 from pretrain.data.tokenizer import SPECIAL_PIECES, Tokenizer, train
+from tests.data_helpers import python_like_text
 from tools import train_tokenizer
 
 ROOT = Path(__file__).parent.parent

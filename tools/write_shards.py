@@ -217,7 +217,7 @@ def report(output: str, names: tuple[str, ...], manifests: list[Manifest], count
         print(
             f"wrote {Path(output) / name}: {manifest.docs:,} documents, {manifest.text_bytes / 1e6:,.1f} MB of text, "
             f"{manifest.tokens:,} tokens ({manifest.text_bytes / manifest.tokens:.2f} bytes a token, bos and eos "
-            f"included), {len(manifest.shards)} shards"
+            f"included), {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
         )
     size = sum(manifest.text_bytes for manifest in manifests)
     tokens = sum(manifest.tokens for manifest in manifests)

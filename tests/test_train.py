@@ -1,0 +1,241 @@
+"""The trainer as a user runs it, on real ranks: killed and resumed, moved between stages and ranks, and misused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import torchrun
+
+TINY = [
+    "model=llama_tiny", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "train.precision=fp32", "schedule=constant", "schedule.warmup_steps=5", "optim.lr=3e-3", "log=none",
+    "log.sample_tokens=4", "train.eval_samples=13",
+]  # fmt: skip
+EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
+
+
+def command(ranks: int, *overrides: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "pretrain.train", *TINY, *overrides]
+    return torchrun(ranks, "-m", "pretrain.train", *TINY, *overrides)
+
+
+@pytest.fixture(scope="module")
+def train(shards, environment, tmp_path_factory):
+    """Run the trainer to its end; returns the completed process."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(ranks: int, *overrides: str, data=shards, check=True) -> subprocess.CompletedProcess:
+        line = command(ranks, f"run.root={root}", f"data.train={data}", f"data.val={data}", *overrides)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
+
+    run.root = root
+    run.shards = shards
+    return run
+
+
+def journal(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def exact(rows: list[dict]) -> list[tuple]:
+    return [tuple(row.get(key) for key in EXACT) for row in rows]
+
+
+LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train):
+    train(2, "run.name=undisturbed", "deepspeed=zero1", *LENGTH)
+    return train.root / "undisturbed"
+
+
+def test_a_run_leaves_everything_it_promises(undisturbed):
+    rows = journal(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "batch_hash"}
+    assert all(keys <= set(row) for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [8, 16, 24]
+    assert rows[-1]["tokens"] == 24 * 8 * 32
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and rows[-1]["val_loss"] < rows[0]["loss"]
+    assert 0 < rows[-1]["mfu"] < 1.2
+    kept = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    assert kept == ["step-000000015", "step-000000020", "step-000000024"]
+    for name in ("config.yaml", "tokenizer.model", "report.html", "samples.jsonl"):
+        assert (undisturbed / name).stat().st_size > 0
+    assert [event["kind"] for event in events(undisturbed)][0::6] == ["start", "end"]
+
+
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
+    file = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def disturb(train, environment, name: str, at_row: int, number: signal.Signals, *overrides: str) -> int:
+    """Start the run, send both workers a signal once the journal has `at_row` rows; the launcher's exit code."""
+    where = (f"run.root={train.root}", f"run.name={name}", f"data.train={train.shards}", f"data.val={train.shards}")
+    line = command(2, *where, *LENGTH, *overrides)
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_rows(train.root / name, at_row, process)
+        for worker in children(process.pid):
+            os.kill(worker, number)
+        return process.wait(timeout=100)
+    finally:
+        if process.poll() is None:
+            for worker in children(process.pid):
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+            process.wait()
+
+
+def test_killed_twice_at_random_steps_a_run_is_bitwise_the_undisturbed_one(train, environment, undisturbed):
+    seed = time.time_ns()
+    rng = random.Random(seed)
+    for at_row in sorted(rng.sample(range(1, 23), 2)):
+        assert disturb(train, environment, "killed", at_row, signal.SIGKILL, "deepspeed=zero1") != 0
+    train(2, "run.name=killed", "deepspeed=zero1", *LENGTH)
+    killed = train.root / "killed"
+    assert exact(journal(killed)) == exact(journal(undisturbed)), f"seed {seed}"
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(train, environment, undisturbed):
+    assert disturb(train, environment, "stopped", 7, signal.SIGUSR1, "deepspeed=zero1") == 0
+    stopped = train.root / "stopped"
+    (stop,) = [event for event in events(stopped) if event["kind"] == "stopped"]
+    assert stop["signal"] == "SIGUSR1" and 7 <= stop["step"] < 24
+    assert (stopped / "checkpoints" / f"step-{stop['step']:09d}").is_dir()
+    train(2, "run.name=stopped", "deepspeed=zero1", *LENGTH)
+    assert exact(journal(stopped)) == exact(journal(undisturbed))
+    assert [event["step"] for event in events(stopped) if event["kind"] == "resume"] == [stop["step"]]
+
+
+def test_any_stage_at_any_number_of_ranks_goes_on_from_any_checkpoint(train, undisturbed):
+    """ZeRO-1 on 2 ranks -> ZeRO-3 on 1 -> ZeRO-2 on 2, in fp32, against the undisturbed run."""
+    for ranks, stage, steps in ((2, 1, 8), (1, 3, 16), (2, 2, 24)):
+        done = train(ranks, "run.name=moved", f"deepspeed=zero{stage}", f"train.steps={steps}", *LENGTH[1:])
+        assert ranks == 2 and stage == 1 or "goes on with changed settings" in done.stderr
+    moved, reference = journal(train.root / "moved"), journal(undisturbed)
+    assert [row["batch_hash"] for row in moved] == [row["batch_hash"] for row in reference]
+    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in reference], rel=1e-4)
+    assert moved[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], rel=1e-4)
+
+
+def test_one_rank_sees_the_same_batches_and_validation_loss(train, undisturbed):
+    train(1, "run.name=single", "deepspeed=zero0", "train.steps=8", *LENGTH[1:])
+    single, reference = journal(train.root / "single"), journal(undisturbed)[:8]
+    assert [row["batch_hash"] for row in single] == [row["batch_hash"] for row in reference]
+    assert [row["loss"] for row in single] == pytest.approx([row["loss"] for row in reference], rel=1e-5)
+    for key in ("val_loss", "val_bits_per_byte"):
+        assert single[-1][key] == pytest.approx(reference[-1][key], rel=1e-6)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(train, undisturbed):
+    before = journal(undisturbed)
+    done = train(2, "run.name=undisturbed", "deepspeed=zero1", *LENGTH)
+    assert "raise train.steps" in done.stdout and journal(undisturbed) == before
+
+
+def test_bf16_and_activation_checkpointing_train(train, undisturbed):
+    overrides = ("train.precision=bf16", "train.activation_checkpointing=true", "train.steps=8", "deepspeed=zero2")
+    train(2, "run.name=bf16", *overrides)
+    bf16, reference = journal(train.root / "bf16"), journal(undisturbed)[:8]
+    assert [row["loss"] for row in bf16] == pytest.approx([row["loss"] for row in reference], rel=0.02)
+    assert [row["batch_hash"] for row in bf16] == [row["batch_hash"] for row in reference]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_words_and_harms_no_checkpoint(train):
+    wild = ("optim.lr=1e30", "optim.grad_clip=0", "train.steps=9", "train.save_every=1")
+    done = train(1, "run.name=nan", *wild, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: step" in done.stderr and "optim.lr" in done.stderr
+    saved = sorted((train.root / "nan" / "checkpoints").glob("step-*"))
+    assert saved and len(journal(train.root / "nan")) <= int(saved[-1].name[5:])
+
+
+def snapshot(root: Path) -> dict:
+    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+MISTAKES = {
+    "unknown key": (["train.stepz=3"], ["train.stepz", "train.steps"]),
+    "unknown key with +": (["+modl.layers=3"], ["modl", "unknown key"]),
+    "wrong type": (["train.steps=abc"], ["train.steps", "abc"]),
+    "batch does not divide": (["train.global_batch_size=9"], ["train.global_batch_size=9", "8 or 10"]),
+    "missing data": (["data.train=/nowhere"], ["/nowhere"]),
+    "no data": (["data.train=null"], ["data.train", "tools/write_shards.py"]),
+    "sequence too long": (["train.seq_len=2048"], ["train.seq_len=2048", "model.max_positions=1024"]),
+    "fewer samples than a batch": (["train.seq_len=1024", "train.global_batch_size=4096"], ["4096", "samples"]),
+    "unknown DeepSpeed setting": (["++deepspeed.extra={offlaod: 1}"], ["deepspeed.extra.offlaod"]),
+    "another config": (["run.name=undisturbed", "model.layers=3"], ["undisturbed", "model.layers: 2 -> 3", "run.name"]),
+    "never resume": (["run.name=undisturbed", "resume=never"], ["undisturbed", "resume=auto"]),
+    "vocabulary too small": (["model.vocab_size=100"], ["model.vocab_size=100", "512"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(train, undisturbed, mistake):
+    overrides, words = MISTAKES[mistake]
+    before = snapshot(train.root)
+    done = train(1, "run.name=mistaken", *overrides, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr + done.stdout
+    for word in words:
+        assert word in done.stderr
+    assert snapshot(train.root) == before, "nothing is written or changed"
+
+
+def test_a_mistake_has_one_voice_on_two_ranks(train):
+    done = train(2, "run.name=mistaken", "train.stepz=3", check=False)
+    assert done.stderr.count("error: unknown key train.stepz") == 1
+    assert done.returncode != 0 and not (train.root / "mistaken").exists()
+
+
+def test_data_and_tokenizer_mistakes(train, tmp_path, environment):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = tmp_path / "other.model"
+    tool = Path(__file__).parent.parent / "tools" / "train_tokenizer.py"
+    text = tmp_path / "text.txt"
+    text.write_text("some words and other words\n" * 200)
+    line = [sys.executable, str(tool), "--input", str(text), "--vocab-size", "300", "--output", str(other)]
+    subprocess.run(line, env=environment, check=True, capture_output=True)
+    occupied = train.root / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("do not touch")
+    for overrides, data, word in (
+        (["run.name=mistaken"], empty, str(empty)),
+        (["run.name=mistaken", f"data.tokenizer={other}"], train.shards, "another tokenizer"),
+        (["run.name=occupied"], train.shards, "not a run"),
+    ):
+        done = train(1, *overrides, data=data, check=False)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr, done.stderr
+    assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
+
+
+def test_check_and_cfg_and_help_train_nothing(train):
+    assert train(1, "run.name=checked", "--check").stderr == ""
+    assert train(1, "run.name=checked", "train.steps=0", "--check", check=False).returncode == 2
+    shown = train(1, "run.name=checked", "--cfg", "job").stdout
+    assert "global_batch_size: 8" in shown and "precision: fp32" in shown
+    assert "torchrun --nproc-per-node 2 -m pretrain.train" in train(1, "--help").stdout
+    assert not (train.root / "checked").exists()
