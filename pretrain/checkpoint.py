@@ -160,14 +160,14 @@ class Checkpoints:
 
 def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | None:
     """The newest checkpoint that verifies, the ranks sharing the reading. One that does not is renamed and reported."""
-    for newest in map(Path, all_gather_objects([str(path) for path in committed(folder)])[0]):
-        errors = [e for e in all_gather_objects(_error_of(functools.partial(verify, newest, ranks))) if e]
+    for candidate in map(Path, all_gather_objects([str(path) for path in committed(folder)])[0]):
+        errors = [e for e in all_gather_objects(_error_of(functools.partial(verify, candidate, ranks))) if e]
         if not errors:
-            return newest
+            return candidate
         if ranks.is_main:
-            bad = newest.with_name(f"{BAD}{newest.name}-{int(time.time())}")
-            os.rename(newest, bad)
-            on_event("checkpoint_rejected", checkpoint=newest.name, renamed_to=bad.name, reason=errors[0])
+            bad = candidate.with_name(f"{BAD}{candidate.name}-{int(time.time())}")
+            os.rename(candidate, bad)
+            on_event("checkpoint_rejected", checkpoint=candidate.name, renamed_to=bad.name, reason=errors[0])
     return None
 
 
@@ -222,16 +222,22 @@ def run_of(run_or_checkpoint: Path) -> Path:
     return path.parent.parent if (path / MANIFEST).exists() else path
 
 
-def load_model(run_or_checkpoint: Path) -> LanguageModel:
-    """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
+def newest(run_or_checkpoint: Path) -> Path:
+    """The newest checkpoint of a run, or the checkpoint that the path is."""
     path = Path(run_or_checkpoint)
     found = [path] if (path / MANIFEST).exists() else committed(path / "checkpoints")
     if not found:
         raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one")
-    verify(found[0])
-    model = LanguageModel(ModelConfig(**read_header(found[0]).model)).eval().requires_grad_(False)
+    return found[0]
+
+
+def load_model(run_or_checkpoint: Path) -> LanguageModel:
+    """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
+    path = newest(run_or_checkpoint)
+    verify(path)
+    model = LanguageModel(ModelConfig(**read_header(path).model)).eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
-    for name, full in weights(found[0]):
+    for name, full in weights(path):
         parameters[name].copy_(full)
     return model
 

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TINY = [
+    "model=llama_tiny", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "train.precision=fp32", "schedule=constant", "schedule.warmup_steps=5", "optim.lr=3e-3", "log=none",
+    "log.sample_tokens=4", "train.eval_samples=13",
+]  # fmt: skip
+LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,3 +50,41 @@ def shards(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 def torchrun(ranks: int, *arguments: str) -> list[str]:
     """The command line of a launch on this machine, on a port of its own."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+
+
+def command(ranks: int, *overrides: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "pretrain.train", *TINY, *overrides]
+    return torchrun(ranks, "-m", "pretrain.train", *TINY, *overrides)
+
+
+@pytest.fixture(scope="session")
+def train(shards, environment, tmp_path_factory):
+    """Run the trainer to its end; returns the completed process."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(ranks: int, *overrides: str, data=shards, check=True) -> subprocess.CompletedProcess:
+        line = command(ranks, f"run.root={root}", f"data.train={data}", f"data.val={data}", *overrides)
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
+
+    run.root = root
+    run.shards = shards
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(train) -> Path:
+    """The folder of a finished run on 2 ranks, that others are compared with. Nothing may write to it."""
+    train(2, "run.name=undisturbed", "deepspeed=zero1", *LENGTH)
+    return train.root / "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def tool(environment):
+    """Run a tool of tools/ as a user does; returns the completed process."""
+
+    def run(name: str, *arguments: object, check=True) -> subprocess.CompletedProcess:
+        line = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
+
+    return run

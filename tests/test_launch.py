@@ -183,7 +183,7 @@ class SetUp:
             shutil.copy(ROOT / name, self.folder / name)
         (folder / "python").write_text(FAKE_PYTHON)
         (folder / "python").chmod(0o755)
-        self.env = {**os.environ, "PYTHON": str(folder / "python"), "CALLS": str(self.calls)}
+        self.env = {**os.environ, "BASE_PYTHON": str(folder / "python"), "CALLS": str(self.calls)}
         self.env["REAL_PYTHON"] = sys.executable
 
     def run(self, **env: str) -> tuple[int, str, bool, bool]:
@@ -221,7 +221,7 @@ def test_set_up_cut_short_starts_over(tmp_path):
 
 def test_set_up_refuses_what_it_cannot_use(tmp_path):
     set_up = SetUp(tmp_path)
-    code, output, _, _ = set_up.run(PYTHON="/nowhere/python3")
+    code, output, _, _ = set_up.run(BASE_PYTHON="/nowhere/python3")
     assert code == 1 and "Python 3.10" in output
     foreign = set_up.folder / ".venv" / "mine"
     foreign.parent.mkdir()

@@ -11,34 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import torchrun
+from tests.conftest import LENGTH, command
 
-TINY = [
-    "model=llama_tiny", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2",
-    "train.precision=fp32", "schedule=constant", "schedule.warmup_steps=5", "optim.lr=3e-3", "log=none",
-    "log.sample_tokens=4", "train.eval_samples=13",
-]  # fmt: skip
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
-
-
-def command(ranks: int, *overrides: str) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "-m", "pretrain.train", *TINY, *overrides]
-    return torchrun(ranks, "-m", "pretrain.train", *TINY, *overrides)
-
-
-@pytest.fixture(scope="module")
-def train(shards, environment, tmp_path_factory):
-    """Run the trainer to its end; returns the completed process."""
-    root = tmp_path_factory.mktemp("runs")
-
-    def run(ranks: int, *overrides: str, data=shards, check=True) -> subprocess.CompletedProcess:
-        line = command(ranks, f"run.root={root}", f"data.train={data}", f"data.val={data}", *overrides)
-        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
-
-    run.root = root
-    run.shards = shards
-    return run
 
 
 def journal(folder: Path) -> list[dict]:
@@ -51,15 +26,6 @@ def events(folder: Path) -> list[dict]:
 
 def exact(rows: list[dict]) -> list[tuple]:
     return [tuple(row.get(key) for key in EXACT) for row in rows]
-
-
-LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(train):
-    train(2, "run.name=undisturbed", "deepspeed=zero1", *LENGTH)
-    return train.root / "undisturbed"
 
 
 def test_a_run_leaves_everything_it_promises(undisturbed):

@@ -4,6 +4,8 @@ Writes a run's report.html anew, from what the run has written so far.
 """
 
 import argparse
+import json
+import statistics
 from pathlib import Path
 
 from pretrain.cli import run_tool
@@ -22,7 +24,33 @@ def main(argv: list[str] | None = None) -> None:
         if not any((run / name).exists() for name in ("config.yaml", "metrics.jsonl")):
             raise ValueError(f"{run} holds neither config.yaml nor metrics.jsonl: name a run's folder (runs/NAME)")
     for run in runs:
-        print(write_report(run))
+        print(headline(run))
+        print(f"  report: {write_report(run)}")
+
+
+def headline(run: Path) -> str:
+    """The run in a few lines: how far, how good, how fast (medians over the steps), against which peak."""
+    rows, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
+    if not rows:
+        return f"{run}: no step yet"
+    speed, mfu = (statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "mfu"))
+    lines = [
+        f"{run}: step {rows[-1]['step']}, {rows[-1]['tokens']:,} tokens, loss {rows[-1]['loss']:.3f}",
+        f"  {speed:,.0f} tokens/s, MFU {mfu:.1%}",
+    ]
+    starts = [event for event in events if event["kind"] in ("start", "resume")]
+    if starts:
+        lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
+    evaluation = run / "evaluation.json"
+    if evaluation.is_file():
+        result = json.loads(evaluation.read_text())
+        others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
+        lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
+    return "\n".join(lines)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def plain(q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, caus
     if causal:
         mask_QS = visible(q_BHQK.shape[2], k.shape[2], k.device)
         scores_BHQS = scores_BHQS.masked_fill(~mask_QS, float("-inf"))
-    return F.dropout(scores_BHQS.softmax(-1), dropout) @ v
+    weights_BHQS = scores_BHQS.softmax(-1)
+    return (F.dropout(weights_BHQS, dropout) if dropout else weights_BHQS) @ v
 
 
 def sdpa(q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float):

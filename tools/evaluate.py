@@ -1,0 +1,100 @@
+"""python tools/evaluate.py runs/NAME [--data SHARDS]
+
+Bits per byte of a run's newest checkpoint on its whole validation shards, beside a unigram model (token frequencies of
+the training shards), gzip -9 and xz -9 on the same text. The result is also written to runs/NAME/evaluation.json.
+"""
+
+import argparse
+import gzip
+import json
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pretrain import checkpoint, compose, dist, hardware
+from pretrain.cli import run_tool
+from pretrain.data import manifest as manifests
+from pretrain.data.objectives import OBJECTIVES
+from pretrain.data.stream import Stream
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.evaluate import Validation
+from pretrain.model.losses import cross_entropy_rows
+
+READ_AT_ONCE = 256  # windows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
+    parser.add_argument("--data", help="validation shards (default: the run's data.val)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    folder = checkpoint.run_of(args.run)
+    cfg = compose.read(folder / "config.yaml")
+    if not (args.data or cfg.data.val):
+        raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    held_out = open_stream(args.data or cfg.data.val, "val", tokenizer, cfg.train.seq_len)
+    training = open_stream(cfg.data.train, "train", tokenizer, cfg.train.seq_len)
+
+    result = {"step": checkpoint.read_header(checkpoint.newest(args.run)).step}
+    result |= evaluate_model(args.run, held_out, tokenizer, OBJECTIVES[cfg.objective.name], args.precision)
+    ids = tokens_of(held_out)
+    text = tokenizer.decode(ids.tolist()).encode()
+    result |= {"text_bytes": len(text), "windows": held_out.epoch_samples}
+    result["unigram_bits_per_byte"] = unigram_bits(tokens_of(training), ids, tokenizer.vocab_size) / len(text)
+    result["gzip_bits_per_byte"] = 8 * len(gzip.compress(text, 9)) / len(text)
+    result["xz_bits_per_byte"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    show(result, folder)
+
+
+def open_stream(path: str, split: str, tokenizer: Tokenizer, seq_len: int) -> Stream:
+    """The windows of a folder of shards, in their natural order."""
+    manifest = manifests.load(manifests.resolve_split(path, split))
+    manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
+    return Stream(manifest, seq_len, 0, 1, 0, 1, shuffle=False)
+
+
+def evaluate_model(run: Path, held_out: Stream, tokenizer: Tokenizer, objective, precision: str) -> dict[str, float]:
+    """val_loss and val_bits_per_byte over all windows, with a progress bar."""
+    device = dist.start(dist.ALONE)
+    dtype = torch.bfloat16 if hardware.resolve_precision(precision, device) == "bf16" else torch.float32
+    model = checkpoint.load_model(run).to(device, dtype)
+    validation = Validation(held_out, objective, 0, 16, tokenizer.byte_lengths())
+    with tqdm(total=held_out.epoch_samples, desc="evaluating", unit=" windows") as bar, torch.no_grad():
+
+        def evaluate_rows(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            bar.update(len(inputs))
+            return cross_entropy_rows(model(inputs), labels).double().cpu()
+
+        return validation.run(evaluate_rows, dist.ALONE, device)
+
+
+def tokens_of(stream: Stream) -> np.ndarray:
+    """Every token of a stream's windows, in order."""
+    starts = range(0, stream.epoch_samples, READ_AT_ONCE)
+    parts = [np.arange(start, min(start + READ_AT_ONCE, stream.epoch_samples)) for start in starts]
+    return np.concatenate([stream.rows(part).tokens[:, :-1].ravel() for part in parts])
+
+
+def unigram_bits(training: np.ndarray, ids: np.ndarray, vocab_size: int) -> float:
+    """Bits of `ids` under the training tokens' frequencies, one added to each count (Laplace)."""
+    counts = np.bincount(training, minlength=vocab_size) + 1.0
+    return float(-np.log2(counts / counts.sum())[ids].sum())
+
+
+def show(result: dict, folder: Path) -> None:
+    print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of held-out text")
+    print(f"  this model {result['val_bits_per_byte']:8.3f} bits per byte   "
+          f"(loss {result['val_loss']:.3f} nats a token, perplexity {math.exp(result['val_loss']):.1f})")  # fmt: skip
+    for name, label in (("unigram", "unigram"), ("gzip", "gzip -9"), ("xz", "xz -9")):
+        print(f"  {label:10} {result[name + '_bits_per_byte']:8.3f}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
