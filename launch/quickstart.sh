@@ -48,6 +48,7 @@ done
 [[ -z $stopped ]] || { echo "stopped; launch/quickstart.sh goes on from here"; exit 130; }
 ((code == 0)) || exit "$code"
 
+export OMP_NUM_THREADS=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # one process from here on
 step "4/5 evaluation on all held-out text"
 "$python" tools/evaluate.py "$run"
 

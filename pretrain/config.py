@@ -59,6 +59,7 @@ class ModelConfig:
     tied_embeddings: bool
     dropout: float
     attention: str
+    init: str
     init_std: float
 
 
@@ -154,6 +155,7 @@ CHOICES = {
     "model.norm_position": ("pre", "post"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2"),
     "model.attention": ("sdpa", "plain"),
+    "model.init": ("scaled", "zero_residual"),
     "objective.name": ("causal_lm",),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),

@@ -7,7 +7,6 @@ command continues the run.
 """
 
 import json
-import shutil
 import sys
 import time
 import traceback
@@ -40,6 +39,7 @@ class Plan:
     stream: Stream
     validation: Validation | None
     identity: dict
+    changes: tuple[str, ...]
 
     @property
     def folder(self) -> Path:
@@ -101,10 +101,8 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or needed)
     identity = {"train": train.fingerprint, "tokenizer_sha256": tokenizer.sha256}
-    plan = Plan(cfg, model, tokenizer, stream, open_validation(cfg, tokenizer), identity)
-    if ranks.is_main:
-        check_run_folder(plan)
-    return plan
+    changes = check_run_folder(cfg, identity) if ranks.is_main else ()
+    return Plan(cfg, model, tokenizer, stream, open_validation(cfg, tokenizer), identity, changes)
 
 
 def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
@@ -118,33 +116,35 @@ def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
     return Validation(ordered, objective, cfg.train.eval_samples, cfg.train.micro_batch_size, lengths)
 
 
-def check_run_folder(plan: Plan) -> None:
-    """Refuse a folder that holds another run; say what changed where the run can go on under other conditions."""
-    folder, cfg = plan.folder, plan.config
+def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
+    """Refuse a folder that holds another run; else the settings that changed and that the run can go on with."""
+    folder = Path(cfg.run.root) / cfg.run.name
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return ()
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run: choose another run.name")
     if cfg.resume == "never":
         raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
     safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
-    before = json.loads((folder / "data.json").read_text())
-    changed = [key for key, value in plan.identity.items() if before[key] != value]
-    unsafe += [f"data ({key}): {before[key][:12]} -> {plan.identity[key][:12]}" for key in changed]
+    data_file = folder / "data.json"
+    before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
+    changed = [key for key, value in identity.items() if before[key] != value]
+    unsafe += [f"data ({key}): {before[key][:12]} -> {identity[key][:12]}" for key in changed]
     if unsafe:
         changes = "; ".join(unsafe)
         raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
-    if safe:
-        print(f"{cfg.run.name} goes on with changed settings: {'; '.join(safe)}", file=sys.stderr)
+    return tuple(safe)
 
 
 def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     """A checked run on this rank, from its last checkpoint or its first step to the last."""
-    cfg, folder = plan.config, plan.folder
+    cfg, folder, guard = plan.config, plan.folder, Guard(plan.config.guard)
     precision = hardware.resolve_precision(cfg.train.precision, device)
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
               "measuring the peak and building the model", flush=True)  # fmt: skip
+        if plan.changes:
+            print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
         write_run_folder(plan)
     peak, peak_source = hardware.peak_flops(device, precision)
     trainer = build_engine(plan, precision, ranks, device)
@@ -169,9 +169,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
     objective = OBJECTIVES[cfg.objective.name]
     step = loop.train_loop(
-        cfg, trainer, plan.stream, objective, plan.validation, checkpoints, Guard(cfg.guard), log, ranks, facts,
-        start_step,
-    )  # fmt: skip
+        cfg, trainer, plan.stream, objective, plan.validation, checkpoints, guard, log, ranks, facts, start_step
+    )
     if ranks.is_main:
         if start_step < step == cfg.train.steps:
             write_sample(plan, step)
@@ -182,10 +181,13 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
 def write_run_folder(plan: Plan) -> None:
     """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(plan.tokenizer.path, plan.folder / "tokenizer.model")
-    (plan.folder / "data.json").write_text(json.dumps(plan.identity, indent=1))
-    (plan.folder / "environment.json").write_text(json.dumps(hardware.environment(), indent=1))
-    (plan.folder / "config.yaml").write_text(config.to_yaml(plan.config))
+    for name, content in {
+        "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
+        "data.json": json.dumps(plan.identity, indent=1).encode(),
+        "tokenizer.model": plan.tokenizer.path.read_bytes(),
+        "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
+    }.items():
+        manifests.write_atomically(plan.folder / name, content)
 
 
 def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:

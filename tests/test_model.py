@@ -141,3 +141,25 @@ def test_loss_sums_rows_and_leaves_ignored_labels_out():
     rows = cross_entropy_rows(logits, labels)
     expected = -(logits[0, 0].log_softmax(0)[1] + logits[0, 1].log_softmax(0)[2])
     assert rows[0] == pytest.approx(float(expected)) and rows[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_torchs(dtype):
+    """More positions than are computed at once, some of them ignored, each row weighted differently."""
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 301, 17) * 3).to(dtype)
+    labels = torch.randint(0, 17, (3, 301))
+    labels[torch.rand(3, 301) < 0.2] = -100
+    weights = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    rows = cross_entropy_rows(ours, labels)
+    (rows * weights).sum().backward()
+    expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = expected.view(3, 301).sum(1)
+    (expected * weights).sum().backward()
+    assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.allclose(rows.double(), expected, rtol=1e-10 if dtype == torch.float64 else 1e-5)
+    precision = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=precision, atol=precision)
+    assert torch.equal(ours.grad[labels == -100], torch.zeros_like(ours.grad[labels == -100]))
+    assert torch.equal(ours.detach(), logits), "the logits are left as they were"

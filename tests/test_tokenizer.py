@@ -1,6 +1,8 @@
 """The tokenizer: lossless on hard text, special ids, bytes behind each id, clear errors; the tool that trains it."""
 
 import gzip
+import hashlib
+import json
 import os
 import random
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.data.documents import is_held_out
 from pretrain.data.tokenizer import SPECIAL_PIECES, Tokenizer, train
 from tests.data_helpers import python_like_text
 from tools import train_tokenizer
@@ -201,3 +204,18 @@ def test_pieces_are_whole_lines_where_lines_are_short():
     parts = list(train_tokenizer.pieces(text))
     assert "".join(parts) == text and max(map(len, parts)) <= 4000
     assert all(part.endswith("\n") for part in parts if "x" * 100 not in part)
+
+
+def test_held_out_documents_teach_it_nothing(tool, tmp_path):
+    """A word that is frequent in one document only becomes a piece exactly when that document is trained on."""
+    words = [hashlib.sha256(bytes([i])).hexdigest().translate(str.maketrans("0123456789", "ghijklmnop"))[:12]
+             for i in range(60)]  # fmt: skip
+    documents = [f"{word} and {word}\n" * 50 for word in words]
+    source, output = tmp_path / "text.jsonl", tmp_path / "t.model"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    tool("train_tokenizer.py", "--input", source, "--vocab-size", "900", "--output", output, "--val-fraction", "0.2")
+    tokenizer = Tokenizer(output)
+    held_out = [is_held_out(text.encode(), 0.2) for text in documents]
+    assert 3 < sum(held_out) < 30
+    for word, left_out in zip(words, held_out, strict=True):
+        assert (len(tokenizer.encode(f" {word}")) > 2) == left_out

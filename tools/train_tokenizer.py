@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, read_documents
+from pretrain.data.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
 from pretrain.data.manifest import write_atomically
 from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import Tokenizer, train
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{output} exists already: delete it, or choose another --output")
     files = find_files(args.input, args.include, args.exclude)
     counts = Counts()
-    texts = sample(files, args.text_key, int(args.max_mb * 1e6), counts)
+    texts = sample(files, args.text_key, int(args.max_mb * 1e6), args.val_fraction, counts)
     size = sum(len(text.encode()) for text in texts)
     if notes := counts.summary():
         print(f"note: {notes}")
@@ -53,13 +53,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="files of folders to take")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="files and subfolders to leave out")
     parser.add_argument("--max-mb", type=float, default=20, metavar="MB", help="train on a sample of this size (20)")
+    leave_out = "leave out the documents that write_shards.py --val-fraction F holds out"
+    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help=leave_out)
     args = parser.parse_args(argv)
     if args.max_mb <= 0 or args.vocab_size < 1:
         parser.error("--max-mb and --vocab-size must be positive")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and below 1")
     return args
 
 
-def sample(files: list[InputFile], text_key: str, max_bytes: int, counts: Counts) -> list[str]:
+def sample(files: list[InputFile], text_key: str, max_bytes: int, val_fraction: float, counts: Counts) -> list[str]:
     """About `max_bytes` of the files' text in pieces spread evenly over all of it; the same ones every time."""
     on_disk = sum(file.bytes for file in files)
     expected = sum(file.bytes * (COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1) for file in files)
@@ -67,7 +71,8 @@ def sample(files: list[InputFile], text_key: str, max_bytes: int, counts: Counts
     texts, size, number = [], 0, 0
     with tqdm(total=on_disk, desc="reading", unit="B", unit_scale=True) as bar:
         for document in read_documents(files, text_key, counts):
-            for piece in pieces(document.text):
+            held_out = is_held_out(document.text.encode(), val_fraction)
+            for piece in () if held_out else pieces(document.text):
                 number += 1
                 if hash_key(number) < share * 2**64:
                     texts.append(piece)

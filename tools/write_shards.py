@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.documents import Counts, InputFile, find_files, read_documents
+from pretrain.data.documents import Counts, InputFile, find_files, is_held_out, read_documents
 from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest, sync_folder, write_atomically
 from pretrain.data.shards import DatasetWriter, token_dtype
 from pretrain.data.tokenizer import Tokenizer
@@ -172,7 +171,7 @@ def write(texts: list[str], tokenizer: Tokenizer, writers: list[DatasetWriter], 
             [[tokenizer.bos], *(np.array(next(ids), dtype=np.uint32) for _ in parts), [tokenizer.eos]]
         )
         data = text.encode()
-        is_val = len(writers) > 1 and in_val(data, args.val_fraction)
+        is_val = len(writers) > 1 and is_held_out(data, args.val_fraction)
         writers[int(is_val)].add(tokens, len(data))
 
 
@@ -184,11 +183,6 @@ def cut(text: str) -> list[str]:
         parts.append(text[start:end])
         start = end
     return [*parts, text[start:]]
-
-
-def in_val(data: bytes, fraction: float) -> bool:
-    """Whether a document is held out: by the hash of its text, whatever its place or name."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") < fraction * 2**64
 
 
 def check_split(writers: list[DatasetWriter], counts: Counts, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ one at a time, so memory grows with the longest document, not with the corpus.
 
 import fnmatch
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -102,6 +103,11 @@ def _matches(path: Path, globs: Sequence[str]) -> bool:
 def _content_suffix(path: Path) -> str:
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
     return inner.suffix.lower()
+
+
+def is_held_out(data: bytes, fraction: float) -> bool:
+    """Whether a document (its text in UTF-8) is of the validation split: by its hash, whatever its place or name."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") < fraction * 2**64
 
 
 def read_documents(files: Sequence[InputFile], text_key: str, counts: Counts) -> Iterator[Document]:

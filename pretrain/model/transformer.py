@@ -182,8 +182,9 @@ def _angles(place_T: torch.Tensor, width: int, theta: float) -> torch.Tensor:
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The initial fp32 value of a parameter, a function of (seed, name) alone: the same on every rank and ZeRO stage.
 
-    Normal with `init_std`; matrices that write into the residual stream are scaled by 1/sqrt(2 layers) (Radford et
-    al., GPT-2, 2019); norms are 1, biases 0.
+    Normal with `init_std`; norms are 1, biases 0. Matrices that write into the residual stream are, by `config.init`,
+    `scaled` by 1/sqrt(2 layers) (Radford et al., GPT-2, 2019) or start at 0 (`zero_residual`: each block begins as the
+    identity; Goyal et al., 2017, section 5.1; Zhang et al., Fixup, 2019).
     """
     owner, _, kind = name.rpartition(".")
     if kind == "bias":
@@ -192,8 +193,9 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    residual = owner.endswith((".attention.out", ".ffn.down"))
-    std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
+    std = config.init_std
+    if owner.endswith((".attention.out", ".ffn.down")):
+        std *= {"scaled": 1 / math.sqrt(2 * config.layers), "zero_residual": 0.0}[config.init]
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
