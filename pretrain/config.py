@@ -176,6 +176,7 @@ FRACTIONS = ("model.dropout", "optim.beta1", "optim.beta2", "schedule.min_lr_rat
 
 # A change of these makes another run; of anything else, the same run under other conditions.
 UNSAFE_TO_CHANGE = ("seed", "train.global_batch_size", "train.seq_len", "model", "objective", "optim.name")
+SAFE_TO_CHANGE = ("model.attention",)  # another kernel for the same formula
 
 
 def to_yaml(config: Config) -> str:
@@ -199,7 +200,10 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """The changed keys as `key: old -> new`: (those that a run can be continued with, those that it can not)."""
     before, after = flatten(old), flatten(new)
     changed = [key for key in after if before[key] != after[key] and not key.startswith(("run.", "resume"))]
-    unsafe = [key for key in changed if any(key == name or key.startswith(name + ".") for name in UNSAFE_TO_CHANGE)]
+    unsafe = [
+        key for key in changed
+        if key not in SAFE_TO_CHANGE and any(key == name or key.startswith(name + ".") for name in UNSAFE_TO_CHANGE)
+    ]  # fmt: skip
     lines = {key: f"{key}: {before[key]} -> {after[key]}" for key in changed}
     return [lines[key] for key in changed if key not in unsafe], [lines[key] for key in unsafe]
 

@@ -1,6 +1,7 @@
 """Markers, and the data and launches that tests share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
         tool = [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]]
         subprocess.run(tool, env=environment, check=True, capture_output=True, timeout=120)
     return folder / "data"
+
+
+def checkout_files() -> list[str]:
+    """The files that git knows or would add: what a clone would have, and nothing that a build left behind."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy them to another folder, as a clone would have them."""
+    for name in checkout_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:

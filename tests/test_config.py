@@ -52,8 +52,8 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["train.precision=fp23"], ["train.precision", "fp32"]),
         (["model=lama_14m"], ["model/lama_14m", "llama_14m"]),
         (["train.seq_len=5000"], ["train.seq_len=5000", "model.max_positions=1024"]),
-        (["model.heads=5"], ["model.width=384", "model.heads=5"]),
-        (["model.kv_heads=4"], ["model.heads=6", "model.kv_heads=4"]),
+        (["model.heads=7"], ["model.width=320", "model.heads=7"]),
+        (["model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
         (["run.name=a/b"], ["run.name", "slash"]),
     ],
 )
@@ -91,10 +91,11 @@ def test_accumulation_is_derived_and_must_divide():
 
 def test_differences_tell_safe_changes_from_unsafe_ones():
     old = compose.compose("pretrain", ["run.name=x"])
-    new = compose.compose("pretrain", ["run.name=x", "train.steps=7", "model.layers=3", "seed=1", "deepspeed=zero3"])
+    new = compose.compose("pretrain", ["run.name=x", "train.steps=7", "model.layers=2", "seed=1",
+                                     "deepspeed=zero3", "model.attention=plain"])  # fmt: skip
     safe, unsafe = config.differences(old, new)
-    assert safe == ["train.steps: 1000 -> 7", "deepspeed.stage: 1 -> 3"]
-    assert unsafe == ["seed: 0 -> 1", "model.layers: 7 -> 3"]
+    assert safe == ["train.steps: 1000 -> 7", "model.attention: sdpa -> plain", "deepspeed.stage: 1 -> 3"]
+    assert unsafe == ["seed: 0 -> 1", "model.layers: 3 -> 2"]
 
 
 def test_conf_files_hold_every_default_of_the_schema():

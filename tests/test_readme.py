@@ -1,0 +1,78 @@
+"""The README's commands work as written. Training ones run at a tiny size; the quickstart, in full, is a slow test."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, copy_checkout
+
+README = (ROOT / "README.md").read_text()
+TRAINERS = ("pretrain.train", "launch/torchrun.sh", "launch/deepspeed.sh")
+TINY = ("model=llama_tiny train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
+        "train.eval_samples=4 log.sample_tokens=4 log=none")  # fmt: skip
+
+
+def commands() -> list[str]:
+    """Every line of the README's bash blocks, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("clone"))
+
+
+def test_every_command_works_as_written(clone, environment):
+    text = clone / "my_text"
+    text.mkdir()
+    for file in Path(os.__file__).parent.glob("*.py"):
+        shutil.copy(file, text)
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    ran = 0
+    for command in commands():
+        trains = any(name in command for name in TRAINERS) and not re.search("--(help|cfg|check)", command)
+        small = f"{command} {TINY}" if trains else command
+        env = {**environment, "PYTHON": sys.executable, "PYTHONPATH": str(clone)}
+        line = ["bash", "-c", f". .venv/bin/activate; {small}"]
+        done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 12
+    for run in ("mine", "one", "two", "three", "four"):
+        rows = (clone / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+def test_the_map_names_what_is_there():
+    shown = README.partition("## The map of the house")[2].partition("```\n")[2].partition("```")[0]
+    for name in re.findall(r"\b[a-z_]+\.(?:py|sh|sbatch)\b", shown):
+        assert list(ROOT.glob(f"*/{name}")), name
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert tool.stem in shown, f"tools/{tool.name} is not on the map"
+    for module in (ROOT / "pretrain").glob("*.py"):
+        assert module.name == "__init__.py" or module.name in shown, f"{module.name} is not on the map"
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_to_write_python(clone, environment):
+    """Both ends of the promise: fewer bits than gzip, within 8 minutes' work, and a second start finds it all done."""
+    env = {key: value for key, value in environment.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    run = subprocess.run(["launch/quickstart.sh"], cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    folder = clone / "runs" / "quickstart"
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["val_bits_per_byte"] < result["gzip_bits_per_byte"] < result["unigram_bits_per_byte"]
+    for word in ("bits per byte", "tokens/s", "MFU", "report.html", "what to try next"):
+        assert word in run.stdout
+    text = (folder / "sample.txt").read_text()
+    assert len(set(re.findall(r"\b(?:def|return|self|if|for|in|import|not|None|raise)\b", text))) >= 3, text
+    again = subprocess.run(["launch/quickstart.sh"], cwd=clone, env=env, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and again.stdout.count("there already") == 2 and "is complete" in again.stdout
