@@ -52,8 +52,8 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["train.precision=fp23"], ["train.precision", "fp32"]),
         (["model=lama_14m"], ["model/lama_14m", "llama_14m"]),
         (["train.seq_len=5000"], ["train.seq_len=5000", "model.max_positions=1024"]),
-        (["model.heads=7"], ["model.width=320", "model.heads=7"]),
-        (["model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
+        (["model.heads=7"], ["model.width=240", "model.heads=7"]),
+        (["model.kv_heads=2"], ["model.heads=3", "model.kv_heads=2"]),
         (["run.name=a/b"], ["run.name", "slash"]),
     ],
 )

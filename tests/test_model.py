@@ -118,7 +118,7 @@ def test_initial_values_depend_on_seed_and_name_alone():
 
 
 def test_presets_have_their_published_sizes():
-    counts = {"llama_14m": (16384, 14.2e6), "llama_135m": (49152, 134.5e6), "gpt2_124m": (50257, 124.4e6)}
+    counts = {"llama_14m": (24576, 13.9e6), "llama_135m": (49152, 134.5e6), "gpt2_124m": (50257, 124.4e6)}
     for name, (vocab_size, expected) in counts.items():
         cfg = compose.compose("pretrain", ["run.name=x", f"model={name}", f"model.vocab_size={vocab_size}"]).model
         with torch.device("meta"):

@@ -49,8 +49,8 @@ def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object]
 
 def bench_loss(dtype: torch.dtype, precision: str) -> None:
     """Cross entropy and its gradient at the quickstart's micro-batch, against torch's."""
-    logits = torch.randn(4, 256, 16384).to(dtype).requires_grad_()
-    labels = torch.randint(0, 16384, (4, 256))
+    logits = torch.randn(4, 256, 24576).to(dtype).requires_grad_()
+    labels = torch.randint(0, 24576, (4, 256))
 
     def torchs() -> None:
         F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum").backward()
@@ -73,7 +73,7 @@ def attend(route: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
 
 def bench_step(dtype: torch.dtype, precision: str) -> None:
     """A step of the quickstart's model through the engine on one rank, against the bare forward and backward."""
-    cfg = compose.compose("pretrain", ["run.name=bench", "experiment=quickstart", "model.vocab_size=16384"])
+    cfg = compose.compose("pretrain", ["run.name=bench", "experiment=quickstart", "model.vocab_size=24576"])
     ranks, device = dist.ALONE, dist.start(dist.ALONE)
     micro, accumulation = cfg.train.micro_batch_size, 2
     settings = engine.deepspeed_config(cfg.deepspeed, micro * accumulation, micro, accumulation, 1.0, precision)
@@ -82,7 +82,7 @@ def bench_step(dtype: torch.dtype, precision: str) -> None:
         return cross_entropy_rows(model(inputs), labels)
 
     trainer = engine.Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
-    tokens = torch.randint(0, 16384, (micro, cfg.train.seq_len))
+    tokens = torch.randint(0, 24576, (micro, cfg.train.seq_len))
     parts = [(tokens, tokens)] * accumulation
     bare = LanguageModel(cfg.model).to(dtype)
 
