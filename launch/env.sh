@@ -6,7 +6,7 @@
 # has them) and NNODES (default 1).
 
 _checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-_cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+_cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # nproc would obey OMP_NUM_THREADS
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     _gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 else

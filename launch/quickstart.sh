@@ -51,12 +51,12 @@ done
 [[ -z $stopped ]] || { echo "stopped; launch/quickstart.sh goes on from here"; exit 130; }
 ((code == 0)) || exit "$code"
 
-export OMP_NUM_THREADS=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # one process from here on
+unset OMP_NUM_THREADS  # one process from here on: all cores
 step "4/5 evaluation on all held-out text"
 "$python" tools/evaluate.py "$run"
 
 step "5/5 a continuation of a prompt"
-"$python" tools/generate.py "$run" --prompt $'def read_lines(path):\n    """' --max-tokens 120 | tee "$run/sample.txt"
+"$python" tools/generate.py "$run" --prompt $'class Reader:\n    def __init__(self, ' --max-tokens 150 | tee "$run/sample.txt"
 
 step "done"
 "$python" tools/report.py "$run"

@@ -61,6 +61,8 @@ def deepspeed_config(
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": None,
     }
+    if precision == "bf16" and config.stage:  # DeepSpeed would add the gradients of micro-batches in bf16
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
     check_extra(config)
     for key, value in config.extra.items():
         generated[key] = {**generated[key], **value} if isinstance(generated.get(key), dict) else value
@@ -181,8 +183,9 @@ class Engine:
         """The fp32 tensors that the torch optimizer steps."""
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
-        if self.stage in (1, 2):
-            return list(self.optimizer.single_partition_of_fp32_groups)
+        if self.stage in (1, 2):  # the second name is that of stage 1 with bf16 weights and fp32 gradients
+            names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+            return list(next(getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name)))
         return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
 
     def _copies(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

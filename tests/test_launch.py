@@ -236,3 +236,13 @@ def test_set_up_waits_for_another(tmp_path):
     commands = [subprocess.Popen([set_up.folder / "launch" / "setup.sh"], env=set_up.env) for _ in range(3)]
     assert [command.wait(60) for command in commands] == [0, 0, 0]
     assert set_up.calls.read_text().count("-m venv") == set_up.calls.read_text().count("-m pip") == 1
+
+
+def test_ranks_do_not_depend_on_the_threads_of_a_rank():
+    """nproc itself obeys OMP_NUM_THREADS, which a script around the launcher may have set."""
+    cores = len(os.sched_getaffinity(0))
+    env = {key: value for key, value in os.environ.items() if key not in ("NPROC", "CUDA_VISIBLE_DEVICES")}
+    line = ["bash", "-c", f"source {ROOT}/launch/env.sh; echo $NPROC $OMP_NUM_THREADS"]
+    for threads, expected in (({}, str(max(1, cores // min(2, cores)))), ({"OMP_NUM_THREADS": "1"}, "1")):
+        said = subprocess.run(line, env={**env, **threads, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+        assert said.stdout.split() == [str(min(2, cores)), expected]

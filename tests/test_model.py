@@ -152,7 +152,7 @@ def test_loss_and_gradient_are_torchs(dtype):
     labels[torch.rand(3, 301) < 0.2] = -100
     weights = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    rows = cross_entropy_rows(ours, labels)
+    rows = cross_entropy_rows(ours * 1, labels)
     (rows * weights).sum().backward()
     expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), labels.flatten(), reduction="none")
     expected = expected.view(3, 301).sum(1)
@@ -162,4 +162,13 @@ def test_loss_and_gradient_are_torchs(dtype):
     precision = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     assert torch.allclose(ours.grad.double(), theirs.grad, rtol=precision, atol=precision)
     assert torch.equal(ours.grad[labels == -100], torch.zeros_like(ours.grad[labels == -100]))
-    assert torch.equal(ours.detach(), logits), "the logits are left as they were"
+
+
+def test_logits_that_something_else_needs_are_not_overwritten_in_silence():
+    leaf = torch.randn(1, 4, 5).requires_grad_()
+    logits = leaf * 1
+    loss = cross_entropy_rows(logits, torch.zeros(1, 4, dtype=torch.int64)).sum()
+    other = logits.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()

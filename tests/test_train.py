@@ -121,12 +121,17 @@ def test_a_finished_run_says_so_and_is_left_alone(train, undisturbed):
     assert "raise train.steps" in done.stdout and journal(undisturbed) == before
 
 
-def test_bf16_and_activation_checkpointing_train(train, undisturbed):
-    overrides = ("train.precision=bf16", "train.activation_checkpointing=true", "train.steps=8", "deepspeed=zero2")
-    train(2, "run.name=bf16", *overrides)
-    bf16, reference = journal(train.root / "bf16"), journal(undisturbed)[:8]
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_and_activation_checkpointing_train_and_resume_bitwise(train, undisturbed, stage):
+    overrides = ("train.precision=bf16", "train.activation_checkpointing=true", f"deepspeed=zero{stage}")
+    train(2, f"run.name=bf16-{stage}", *overrides, "train.steps=8")
+    bf16, reference = journal(train.root / f"bf16-{stage}"), journal(undisturbed)[:8]
     assert [row["loss"] for row in bf16] == pytest.approx([row["loss"] for row in reference], rel=0.02)
     assert [row["batch_hash"] for row in bf16] == [row["batch_hash"] for row in reference]
+    for steps in (3, 8):
+        train(2, f"run.name=bf16-{stage}-resumed", *overrides, f"train.steps={steps}", "train.eval_every=8")
+    resumed = exact(journal(train.root / f"bf16-{stage}-resumed"))
+    assert [row[:6] for row in resumed] == [row[:6] for row in exact(bf16)]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words_and_harms_no_checkpoint(train):
