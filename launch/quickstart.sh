@@ -56,7 +56,8 @@ step "4/5 evaluation on all held-out text"
 "$python" tools/evaluate.py "$run"
 
 step "5/5 a continuation of a prompt"
-"$python" tools/generate.py "$run" --prompt $'class Reader:\n    def __init__(self, ' --max-tokens 150 | tee "$run/sample.txt"
+"$python" tools/generate.py "$run" --prompt $'class Stack:\n    def __init__(self, items=None):\n' \
+    --max-tokens 120 --temperature 0.7 | tee "$run/sample.txt"
 
 step "done"
 "$python" tools/report.py "$run"

@@ -4,9 +4,10 @@ No input or output, no rank, no state. Every number of ranks, nodes and workers 
 needs nothing but the next sample number. Within an epoch:
 
 1. the shards are permuted, and the windows of the permuted shards form one line;
-2. the line is cut into `LANES` contiguous lanes, and sample i comes from lane i % LANES (so that a rank which takes
-   every w-th sample reads few shards at a time);
-3. the windows of a lane are permuted inside blocks of `BLOCK` (so that a lane reads a bounded part of its line).
+2. the line is cut into contiguous lanes, and sample i comes from lane i % lanes (so that a rank which takes every w-th
+   sample reads few shards at a time): `LANES` of them, or as many as leave a whole block to each;
+3. the windows of a lane are permuted inside blocks of `BLOCK` (so that a lane reads a bounded part of its line). A data
+   set of fewer windows than two blocks is one lane and mixed throughout, or nearly.
 
 Permutations are argsorts of a splitmix64 stream (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
 2014) and not NumPy's generators, whose streams may change between versions. The hashes of one stream are all different
@@ -73,6 +74,7 @@ class Order:
     def __init__(self, windows_per_shard: np.ndarray, seed: int, shuffle: bool = True):
         self._windows = np.asarray(windows_per_shard, dtype=np.int64)
         self.epoch_samples = int(self._windows.sum())
+        self._lanes = max(1, min(LANES, self.epoch_samples // BLOCK))
         self._seed = seed
         self._shuffle = shuffle
         self._epochs = _Recent(2)  # epoch -> its shard order
@@ -104,22 +106,22 @@ class Order:
         return shards, starts
 
     def _lane_length(self, lane: np.ndarray) -> np.ndarray:
-        return self.epoch_samples // LANES + (lane < self.epoch_samples % LANES)
+        return self.epoch_samples // self._lanes + (lane < self.epoch_samples % self._lanes)
 
     def _line_position(self, epoch: int, samples: np.ndarray) -> np.ndarray:
-        place, lane = np.divmod(samples, LANES)
+        place, lane = np.divmod(samples, self._lanes)
         block, offset = np.divmod(place, BLOCK)
         for b in np.unique(block).tolist():
             here = block == b
             table = self._blocks.get((epoch, b), lambda b=b: self._block_permutations(epoch, b))
             offset[here] = table[lane[here], offset[here]]
-        short, longer = divmod(self.epoch_samples, LANES)
+        short, longer = divmod(self.epoch_samples, self._lanes)
         return lane * short + np.minimum(lane, longer) + block * BLOCK + offset
 
     def _block_permutations(self, epoch: int, block: int) -> np.ndarray:
-        """Of every lane, the permutation of its block number `block`: uint16[LANES, BLOCK] (the last one is short)."""
-        table = np.zeros((LANES, BLOCK), dtype=np.uint16)
-        lengths = np.clip(self._lane_length(np.arange(LANES)) - block * BLOCK, 0, BLOCK)
+        """Of every lane, the permutation of its block number `block`: uint16[lanes, BLOCK] (the last one is short)."""
+        table = np.zeros((self._lanes, BLOCK), dtype=np.uint16)
+        lengths = np.clip(self._lane_length(np.arange(self._lanes)) - block * BLOCK, 0, BLOCK)
         for lane, length in enumerate(lengths.tolist()):
             table[lane, :length] = permutation(hash_key(self._seed, epoch, _WINDOWS, lane, block), length)
         return table
