@@ -24,6 +24,7 @@ import torch
 from pretrain.config import ModelConfig
 from pretrain.dist import ALONE, Ranks, all_gather_objects, new_cpu_group
 from pretrain.engine import WEIGHT, Fragment
+from pretrain.files import sync_folder, write_synced
 from pretrain.model.heads import LanguageModel
 
 FORMAT = 1
@@ -115,7 +116,7 @@ class Checkpoints:
         staging = final.with_name(STAGING + final.name)
         stages = (
             lambda: self._prepare(staging, sum(file["bytes"] for file in files)),
-            lambda: _write_file(staging / files[self.ranks.rank]["name"], payload) if payload else None,
+            lambda: write_synced(staging / files[self.ranks.rank]["name"], payload) if payload else None,
             lambda: self._read_back(staging, files),
             lambda: self._commit(staging, final, header, files),
         )
@@ -148,10 +149,10 @@ class Checkpoints:
         listed = [{key: file[key] for key in keys} for file in files if file["bytes"]]
         body = {"format": FORMAT, **asdict(header), "parameters": shapes, "files": listed}
         manifest = {**body, "manifest_sha256": _digest(body)}
-        _write_file(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _fsync(staging)
+        write_synced(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_folder(staging)
         os.rename(staging, final)
-        _fsync(self.folder)
+        sync_folder(self.folder)
         for old in committed(self.folder)[self.keep :]:
             discarded = old.with_name(DISCARDED + old.name)
             os.rename(old, discarded)  # a half deleted folder must not look like a checkpoint
@@ -289,13 +290,6 @@ def _error_of(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _write_file(path: Path, payload: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _verify_file(folder: Path, expected: dict) -> None:
     if not expected["bytes"]:
         return
@@ -315,11 +309,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

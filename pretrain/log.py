@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pretrain.config import LogConfig
+from pretrain.files import sync_folder
 
 INIT_TIMEOUT_SECONDS = 20  # wandb's own defaults are 90 s to start, and no limit at all to finish
 FINISH_TIMEOUT_SECONDS = 60
@@ -119,7 +120,7 @@ class _Journal:
             os.fsync(new.fileno())
         if self.cut or self.damaged:
             os.replace(tmp, path)
-            _fsync_folder(path.parent)
+            sync_folder(path.parent)
         else:
             tmp.unlink()
         return kept
@@ -323,11 +324,3 @@ def _state_bytes(id: str, sent_step: int) -> bytes:
 def _drop_torn_line(path: Path) -> None:
     if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

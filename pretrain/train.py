@@ -22,6 +22,7 @@ from pretrain.data.objectives import OBJECTIVES
 from pretrain.data.stream import Stream
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Validation
+from pretrain.files import write_atomically
 from pretrain.guard import Guard
 from pretrain.log import Log
 from pretrain.model.heads import LanguageModel
@@ -67,7 +68,8 @@ def main() -> None:
     try:
         run(plan, ranks, device)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr) if ranks.is_main else None
+        if ranks.is_main:
+            print(f"error: {error}", file=sys.stderr)
         dist.finish(1)
     except BaseException:
         traceback.print_exc()
@@ -187,7 +189,7 @@ def write_run_folder(plan: Plan) -> None:
         "tokenizer.model": plan.tokenizer.path.read_bytes(),
         "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
     }.items():
-        manifests.write_atomically(plan.folder / name, content)
+        write_atomically(plan.folder / name, content)
 
 
 def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:

@@ -10,7 +10,7 @@ PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 LAYERS = {
-    "config": 0, "dist": 0, "cli": 0, "hardware": 0,
+    "config": 0, "dist": 0, "cli": 0, "files": 0, "hardware": 0,
     "compose": 1, "data": 1, "model": 1, "optim": 1,
     "engine": 2,
     "checkpoint": 3, "guard": 3, "log": 3, "report": 3, "evaluate": 3, "generate": 3,

@@ -191,11 +191,11 @@ def test_the_sample_is_spread_over_the_text_and_bounded(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {n} with some words in it\n" for n in range(3000)))
     files = train_tokenizer.find_files([tmp_path])
-    texts = train_tokenizer.sample(files, "text", 200_000, train_tokenizer.Counts())
-    assert texts == train_tokenizer.sample(files, "text", 200_000, train_tokenizer.Counts())
+    texts = train_tokenizer.sample(files, "text", 200_000, 0.0, train_tokenizer.Counts())
+    assert texts == train_tokenizer.sample(files, "text", 200_000, 0.0, train_tokenizer.Counts())
     assert 150_000 < sum(map(len, texts)) < 250_000
     assert all(any(text.startswith(f"file {i} ") for text in texts) for i in range(10))
-    everything = train_tokenizer.sample(files, "text", 10**9, train_tokenizer.Counts())
+    everything = train_tokenizer.sample(files, "text", 10**9, 0.0, train_tokenizer.Counts())
     assert "".join(everything) == "".join((tmp_path / f"{i}.txt").read_text() for i in range(10))
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from pretrain.cli import run_tool
 from pretrain.data.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
-from pretrain.data.manifest import write_atomically
 from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.files import write_atomically
 
 PIECE_CHARS = 1000  # the text is sampled and trained on in runs of lines of about this length
 COMPRESSION = 4  # a guess at what .gz and .zst save, to choose how much to sample

@@ -13,12 +13,13 @@ of any shard. index.json is written last: a folder without it is not a data set.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from pretrain.files import write_atomically
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -187,23 +188,3 @@ def _check_files(manifest: Manifest) -> None:
             )
     if manifest.tokens == 0:
         raise ValueError(f"{manifest.folder} holds no tokens: write shards from text that is not empty")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there complete or not at all, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder (new files, renames) survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

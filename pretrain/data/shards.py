@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.manifest import CHUNK_DTYPE, CONTINUES, Manifest, Shard, save, sidecar_name, write_atomically
+from pretrain.data.manifest import CHUNK_DTYPE, CONTINUES, Manifest, Shard, save, sidecar_name
+from pretrain.files import write_atomically
 
 OPEN_SHARDS = 128  # files a reader keeps open; a rank reads from about order.LANES of them at a time
 TAR_RECORD = tarfile.RECORDSIZE
