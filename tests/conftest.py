@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs with SIGINT ignored, and what a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; run by `launch/test.sh -m slow`")
     config.addinivalue_line("markers", "slurm: needs Slurm's daemons (apt: slurm-wlm munge slurmctld slurmd)")
 

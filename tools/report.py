@@ -38,7 +38,7 @@ def headline(run: Path) -> str:
         f"{run}: step {rows[-1]['step']}, {rows[-1]['tokens']:,} tokens, loss {rows[-1]['loss']:.3f}",
         f"  {speed:,.0f} tokens/s, MFU {mfu:.1%}",
     ]
-    starts = [event for event in events if event["kind"] in ("start", "resume")]
+    starts = [event for event in events if "peak_tflops" in event]
     if starts:
         lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
     evaluation = run / "evaluation.json"
