@@ -189,7 +189,9 @@ def test_the_command_line(tmp_path):
 
     done = run(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.split() == [str(tmp_path / name / "report.html") for name in "ab"]
+    for name in "ab":
+        assert f"{tmp_path / name}: step 3, 12,288 tokens, loss" in done.stdout
+        assert f"report: {tmp_path / name / 'report.html'}" in done.stdout
     refused = run(tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "runs/NAME" in refused.stderr
     assert "Traceback" not in refused.stderr and not (tmp_path / "report.html").exists()
