@@ -48,6 +48,7 @@ while kill -0 "$trainer" 2>/dev/null; do  # a signal ends the wait before the tr
     code=0
     wait "$trainer" || code=$?
 done
+trap - INT TERM
 [[ -z $stopped ]] || { echo "stopped; launch/quickstart.sh goes on from here"; exit 130; }
 ((code == 0)) || exit "$code"
 
