@@ -36,7 +36,6 @@ setup(
         "safetensors",
         "tqdm",
         "zstandard",
-        "psutil",
         "matplotlib",
     ],
     extras_require={"dev": ["pytest", "ruff"]},
