@@ -93,20 +93,27 @@ class Checkpoints:
         return "error" not in outcome
 
     def _write_and_commit(self, header: Header, tensors: dict, listing: dict) -> None:
-        start = time.perf_counter()
+        start, size = time.perf_counter(), 0
         try:
-            payload = safetensors.torch.save(tensors) if tensors else b""
-            del tensors
-            file = f"rank-{self.ranks.rank:05d}.safetensors"
-            mine = {"name": file, "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest(), **listing}
-            files = all_gather_objects(mine, self.group)
-            error = None
-            for _ in range(ATTEMPTS):
-                if not (error := self._attempt(header, payload, files)):
-                    break
-            size = sum(file["bytes"] for file in files)
+            payload = b""
+
+            def serialize() -> None:
+                nonlocal payload
+                payload = safetensors.torch.save(tensors) if tensors else b""
+
+            error = self._agree(serialize)
+            tensors.clear()
+            if not error:
+                file = f"rank-{self.ranks.rank:05d}.safetensors"
+                mine = {"name": file, "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest(), **listing}
+                files = all_gather_objects(mine, self.group)
+                size = sum(file["bytes"] for file in files)
+                for _ in range(ATTEMPTS):
+                    if not (error := self._attempt(header, payload, files)):
+                        self._retire()
+                        break
         except Exception as failure:  # a rank is gone: training will end of it, and this says so first
-            error, size = f"{type(failure).__name__}: {failure}", 0
+            error = f"{type(failure).__name__}: {failure}"
         facts = {"error": error} if error else {"megabytes": round(size / 1e6, 1)}
         self.outcome = {"step": header.step, "seconds": round(time.perf_counter() - start, 3), **facts}
 
@@ -121,12 +128,15 @@ class Checkpoints:
             lambda: self._commit(staging, final, header, files),
         )
         for stage in stages:
-            errors = [error for error in all_gather_objects(_error_of(stage), self.group) if error]
-            if errors:
+            if error := self._agree(stage):
                 if self.ranks.is_main:
                     shutil.rmtree(staging, ignore_errors=True)
-                return errors[0]
+                return error
         return None
+
+    def _agree(self, action: Callable[[], None]) -> str | None:
+        """Run `action` on every rank; the first error of any of them, the same on all, or None."""
+        return next((error for error in all_gather_objects(_error_of(action), self.group) if error), None)
 
     def _prepare(self, staging: Path, size: int) -> None:
         if not self.ranks.is_main:
@@ -153,10 +163,15 @@ class Checkpoints:
         sync_folder(staging)
         os.rename(staging, final)
         sync_folder(self.folder)
+
+    def _retire(self) -> None:
+        """Remove all but the newest; what cannot be removed now is left, and harms no save."""
+        if not self.ranks.is_main:
+            return
         for old in committed(self.folder)[self.keep :]:
             discarded = old.with_name(DISCARDED + old.name)
-            os.rename(old, discarded)  # a half deleted folder must not look like a checkpoint
-            shutil.rmtree(discarded)
+            if _error_of(functools.partial(os.rename, old, discarded)) is None:  # half deleted, it is no checkpoint
+                shutil.rmtree(discarded, ignore_errors=True)
 
 
 def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | None:

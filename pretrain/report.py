@@ -44,6 +44,7 @@ def write_report(run_dir: Path) -> Path:
         _samples(list(_json_lines(run_dir / "samples.jsonl"))),
         _events(list(_json_lines(run_dir / "events.jsonl"))),
         _details("Configuration", f"<pre>{_esc(config_text)}</pre>" if config_text else ""),
+        _details("Evaluation on all held-out text", _facts(_read_text(run_dir / "evaluation.json"))),
         _details("Environment", _facts(_read_text(run_dir / "environment.json"))),
     ]
     page = PAGE.format(title=_esc(run_dir.resolve().name), style=CSS, body="\n".join(part for part in body if part))

@@ -1,0 +1,35 @@
+"""The guard: which losses end a run, and that a signal is noted and not obeyed at once."""
+
+import os
+import signal
+
+import pytest
+
+from pretrain.config import GuardConfig
+from pretrain.guard import STOP_SIGNALS, Guard
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.fixture
+def guard():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield Guard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("loss, norm", [(NAN, 1.0), (1.0, NAN), (INFINITE, 1.0), (1.0, INFINITE)])
+def test_what_is_not_finite_is_a_problem_unless_ignored(guard, loss, norm):
+    problem = guard(GuardConfig("stop")).problem(7, loss, norm)
+    assert "step 7" in problem and "optim.lr" in problem
+    assert guard(GuardConfig("ignore")).problem(7, loss, norm) is None
+    assert guard(GuardConfig("stop")).problem(7, 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted(guard, number):
+    watching = guard(GuardConfig("stop"))
+    assert watching.received == 0
+    os.kill(os.getpid(), number)
+    assert watching.received == number
