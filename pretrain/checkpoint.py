@@ -64,7 +64,7 @@ class Checkpoints:
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*folder.glob(STAGING + "*"), *folder.glob(DISCARDED + "*")]:
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, header: Header, fragments: Iterable[Fragment]) -> None:
         """Copy the fragments and write them in the background, after the save before is done. On all ranks."""

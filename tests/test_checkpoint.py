@@ -13,6 +13,13 @@ from pretrain.checkpoint import read_manifest
 from tests.conftest import ROOT, torchrun
 
 DIST = ROOT / "tests" / "dist"
+SAVE = (
+    "import sys; from pathlib import Path; from pretrain import dist;"
+    "from pretrain.checkpoint import Checkpoints;"
+    "from tests.dist.checkpoint_worker import fragments, header; dist.start(dist.ALONE);"
+    "saver = Checkpoints(Path(sys.argv[1]), dist.ALONE, 1, lambda kind, **facts: print(kind, facts));"
+    "saver.save(header(1), fragments(1, [0, 1], 0)); saver.wait(); dist.finish(0)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +76,18 @@ def test_a_disk_too_small_is_said_before_writing(tmp_path, environment):
     if os.geteuid() != 0 or subprocess.run(mount).returncode != 0:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        code = (
-            "import sys; from pathlib import Path; from pretrain import dist;"
-            "from pretrain.checkpoint import Checkpoints;"
-            "from tests.dist.checkpoint_worker import fragments, header; dist.start(dist.ALONE);"
-            "saver = Checkpoints(Path(sys.argv[1]), dist.ALONE, 1, lambda kind, **facts: print(kind, facts));"
-            "saver.save(header(1), fragments(1, [0, 1], 0)); saver.wait(); dist.finish(0)"
-        )
-        ran = subprocess.run([sys.executable, "-c", code, str(small)], env=environment, capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-c", SAVE, str(small)], env=environment, capture_output=True, text=True)
         assert "save_failed" in ran.stdout and "GB free, the checkpoint needs" in ran.stdout
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_harms_no_save(tmp_path, environment):
+    (tmp_path / "step-000000000").write_text("not a folder")
+    ran = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert ran.stdout.startswith("saved"), ran.stdout + ran.stderr
+    assert read_manifest(tmp_path / "step-000000001")["step"] == 1
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path):
