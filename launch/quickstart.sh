@@ -38,11 +38,10 @@ else
 fi
 
 step "3/5 training on $NPROC ranks with ZeRO-1 (Ctrl-C saves; the same command continues)"
-trainer=
+trainer= stopped= code=0
 trap '[[ -z $trainer ]] || kill -TERM "$trainer" 2>/dev/null || true; stopped=1' INT TERM
 launch/torchrun.sh experiment=quickstart run.name=quickstart data.train="$data/shards" data.val="$data/shards" "$@" &
 trainer=$!
-stopped= code=0
 wait "$trainer" || code=$?
 while kill -0 "$trainer" 2>/dev/null; do  # a signal ends the wait before the trainer has saved
     code=0
