@@ -7,6 +7,7 @@ do instead.
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import yaml
@@ -14,10 +15,14 @@ import yaml
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives: everything it writes is under `root/name`."""
+    """Where the run lives: everything it writes is under `folder`, which is root/name."""
 
     name: str
     root: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.name
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,6 @@ class Plan:
     identity: dict
     changes: tuple[str, ...]
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.root) / self.config.run.name
-
 
 def main() -> None:
     """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
@@ -120,7 +116,7 @@ def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
 
 def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
     """Refuse a folder that holds another run; else the settings that changed and that the run can go on with."""
-    folder = Path(cfg.run.root) / cfg.run.name
+    folder = cfg.run.folder
     if not folder.exists() or not any(folder.iterdir()):
         return ()
     if not (folder / "config.yaml").is_file():
@@ -140,7 +136,7 @@ def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
 
 def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     """A checked run on this rank, from its last checkpoint or its first step to the last."""
-    cfg, folder, guard = plan.config, plan.folder, Guard(plan.config.guard)
+    cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard)
     precision = hardware.resolve_precision(cfg.train.precision, device)
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
@@ -182,14 +178,14 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
 
 def write_run_folder(plan: Plan) -> None:
     """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.config.run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in {
         "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
         "data.json": json.dumps(plan.identity, indent=1).encode(),
         "tokenizer.model": plan.tokenizer.path.read_bytes(),
         "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
     }.items():
-        write_atomically(plan.folder / name, content)
+        write_atomically(plan.config.run.folder / name, content)
 
 
 def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
@@ -228,9 +224,9 @@ def write_sample(plan: Plan, step: int) -> None:
     settings = plan.config.log
     if settings.sample_tokens == 0:
         return
-    model = checkpoint.load_model(plan.folder)
+    model = checkpoint.load_model(plan.config.run.folder)
     text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
-    with open(plan.folder / "samples.jsonl", "a") as file:
+    with open(plan.config.run.folder / "samples.jsonl", "a") as file:
         sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}
         file.write(json.dumps(sample) + "\n")
 

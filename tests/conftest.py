@@ -95,7 +95,7 @@ def train(shards, environment, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(train) -> Path:
-    """The folder of a finished run on 2 ranks, that others are compared with. Nothing may write to it."""
+    """The folder of a finished run on 2 ranks, that others are compared with: its journal and checkpoints stay."""
     train(2, "run.name=undisturbed", "deepspeed=zero1", *LENGTH)
     return train.root / "undisturbed"
 

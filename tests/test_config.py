@@ -23,7 +23,7 @@ def test_every_shipped_choice_composes(choice):
         assert f"zero{cfg.deepspeed.stage}" == name
 
 
-def test_every_group_of_the_issue_is_there():
+def test_every_group_has_a_choice():
     assert {choice.partition("=")[0] for choice in CHOICES} == set(GROUPS)
 
 

@@ -58,6 +58,8 @@ def test_the_tool_evaluates_all_windows_beside_its_baselines(tool, undisturbed, 
     for key in ("val", "unigram", "gzip", "xz"):
         assert f"{result[key + '_bits_per_byte']:.3f}" in said
     assert result["step"] == 24 and result["text_bytes"] == len(text)
+    assert f"{result['val_bits_per_byte']:.3f} bits per byte on held-out text" in tool("report.py", undisturbed).stdout
+    assert "Evaluation on all held-out text" in (undisturbed / "report.html").read_text()
 
 
 def test_unigram_bits_are_the_entropy_of_known_frequencies():
