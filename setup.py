@@ -36,7 +36,15 @@ setup(
         "safetensors",
         "tqdm",
         "zstandard",
+        "fsspec",
         "matplotlib",
     ],
-    extras_require={"dev": ["pytest", "ruff"]},
+    extras_require={
+        "http": ["aiohttp"],  # shards on http(s)://
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
+        # write_shards.py: Parquet, near-duplicates, telephone numbers, Slurm arrays
+        "prepare": ["pyarrow", "datasketch", "phonenumbers", "submitit"],
+        "dev": ["pytest", "ruff", "moto[s3]", "flask", "flask-cors"],
+    },
 )

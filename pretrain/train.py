@@ -87,7 +87,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     engine.check_extra(cfg.deepspeed)
     if not cfg.data.train:
         raise ValueError("data.train has no value: give a folder of shards (tools/write_shards.py)")
-    train = manifests.load(manifests.resolve_split(cfg.data.train, "train"))
+    train = manifests.open_split(cfg.data.train, "train")
     tokenizer = Tokenizer(cfg.data.tokenizer or train.tokenizer_path)
     train.check_tokenizer(tokenizer.path, tokenizer.sha256)
     stream = Stream(
@@ -107,7 +107,7 @@ def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
     """The held-out shards in their natural order, when the config names any."""
     if not cfg.data.val:
         return None
-    held_out = manifests.load(manifests.resolve_split(cfg.data.val, "val"))
+    held_out = manifests.open_split(cfg.data.val, "val")
     held_out.check_tokenizer(tokenizer.path, tokenizer.sha256)
     ordered = Stream(held_out, cfg.train.seq_len, 0, 1, 0, 1, shuffle=False)
     objective, lengths = OBJECTIVES[cfg.objective.name], tokenizer.byte_lengths()

@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.data import manifest as manifests
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import hash_key, splitmix64
-from pretrain.data.shards import DatasetWriter
+from pretrain.data.writer import DatasetWriter
 
 SPECIAL_IDS = {"unk": 0, "bos": 1, "eos": 2, "pad": 3, "mask": 4, "cls": 5, "sep": 6}
 

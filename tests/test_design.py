@@ -19,15 +19,18 @@ LAYERS = {
 }  # fmt: skip
 # Within data/ and model/: what each module may import of its own package.
 INSIDE = {
-    "data.manifest": set(), "data.order": set(), "data.tokenizer": set(), "data.objectives": set(),
-    "data.documents": set(), "data.shards": {"data.manifest"},
+    "data.manifest": {"data.remote"}, "data.order": set(), "data.tokenizer": set(), "data.objectives": set(),
+    "data.documents": {"data.tar"}, "data.tar": set(), "data.remote": set(),
+    "data.filters": set(), "data.dedup": set(),
+    "data.shards": {"data.manifest"}, "data.writer": {"data.manifest", "data.remote", "data.tar"},
+    "data.packing": {"data.manifest", "data.order", "data.shards"},
     "data.stream": {"data.manifest", "data.order", "data.shards"},
     "model.attention": set(), "model.losses": set(), "model.transformer": {"model.attention"},
     "model.heads": {"model.transformer"},
 }  # fmt: skip
 SOLE_USERS = {
     "deepspeed": {"engine"}, "wandb": {"log"}, "omegaconf": {"compose"}, "hydra": {"compose"},
-    "tarfile": {"data.shards"}, "sentencepiece": {"data.tokenizer"}, "matplotlib": {"report"},
+    "tarfile": {"data.tar"}, "sentencepiece": {"data.tokenizer"}, "matplotlib": {"report"},
     "safetensors": {"checkpoint"}, "zstandard": {"data.documents"},
 }  # fmt: skip
 

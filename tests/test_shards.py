@@ -3,13 +3,15 @@
 import hashlib
 import os
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 
 from pretrain.data import shards as shards_module
 from pretrain.data.manifest import CONTINUES
-from pretrain.data.shards import ShardReader, token_dtype
+from pretrain.data.shards import ShardReader
+from pretrain.data.writer import DatasetWriter, token_dtype
 from tests.data_helpers import random_documents, write_dataset
 
 
@@ -80,6 +82,10 @@ def test_sidecar_says_where_everything_lies(dataset):
             np.testing.assert_array_equal(docs, sample["docs.npy"])
             assert bool(chunk["flags"] & CONTINUES) == (len(docs) == 0 or docs[0] != 0)
         assert not chunks["flags"][0] & CONTINUES  # a document is never cut between shards
+        ends = chunks["offset"] + chunks["bytes"]
+        assert chunks["offset"].tolist() == [0, *ends[:-1].tolist()] and ends[-1] == len(data)  # every byte is watched
+        for chunk in chunks:
+            assert zlib.crc32(data[chunk["offset"] : chunk["offset"] + chunk["bytes"]]) == chunk["crc32"]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
@@ -145,7 +151,7 @@ def test_every_flipped_bit_is_seen_on_first_touch(dataset):
     rng = np.random.default_rng(1)
     for _ in range(60):
         number = int(rng.integers(len(chunks)))
-        start, size = int(chunks[number]["tokens_offset"]), 2 * int(chunks[number]["tokens"])
+        start, size = int(chunks[number]["offset"]), int(chunks[number]["bytes"])
         bit = int(rng.integers(8 * start, 8 * (start + size)))
         flip(path, bit)
         windows = np.cumsum(chunks["tokens"] // 10)
@@ -159,18 +165,18 @@ def test_every_flipped_bit_is_seen_on_first_touch(dataset):
 def test_a_shard_cut_while_in_use_is_seen(dataset):
     reader = ShardReader(dataset)
     os.truncate(dataset.folder / "00000000.tar", 2000)
-    with pytest.raises(ValueError, match="00000000.tar ends before the end of chunk 00000000"):
+    with pytest.raises(ValueError, match="00000000.tar is damaged in chunk 00000000: the file ends before byte"):
         reader.read(np.array([0]), np.array([0]), 10)
 
 
 def test_ids_beyond_the_vocabulary_are_seen(tmp_path):
     dataset = write_dataset(tmp_path / "data", [np.array([1, 5, 6, 2])] * 20 + [np.array([1, 77, 6, 2])], vocab_size=77)
-    with pytest.raises(ValueError, match="00000000.tar: token id 77 is not below the vocabulary size 77"):
+    with pytest.raises(ValueError, match="00000000.tar is damaged in chunk 00000000: token id 77 is not below the vocabulary size 77"):
         ShardReader(dataset).read(np.zeros(21, dtype=int), np.arange(21), 4)
 
 
 def test_an_abandoned_shard_leaves_no_file(tmp_path):
-    writer = shards_module.DatasetWriter(tmp_path, "<u2", 10, 1000)
+    writer = DatasetWriter(tmp_path, "<u2", 10, 1000)
     writer.add(np.arange(50), 0)
     writer.abandon()
     assert list(tmp_path.iterdir()) == []

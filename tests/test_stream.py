@@ -46,7 +46,7 @@ def global_batch(parts: list[Rows]) -> Rows:
             BATCH, *getattr(parts[0], name).shape[1:]
         )
 
-    return Rows(*map(weave, ("sample_numbers", "tokens", "last_is_target")))
+    return Rows(*map(weave, ("sample_numbers", "tokens", "is_target")))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 24])
@@ -60,7 +60,7 @@ def test_global_batches_are_the_same_in_every_world(dataset, world_size):
         expected = alone.rows(np.arange(step * BATCH, (step + 1) * BATCH))
         np.testing.assert_array_equal(batch.sample_numbers, np.arange(step * BATCH, (step + 1) * BATCH))
         np.testing.assert_array_equal(batch.tokens, expected.tokens)
-        np.testing.assert_array_equal(batch.last_is_target, expected.last_is_target)
+        np.testing.assert_array_equal(batch.is_target, expected.is_target)
         assert batch_hash(row_digests(batch)) == batch_hash(row_digests(expected))
 
 
@@ -80,7 +80,7 @@ def test_an_epoch_is_every_window_once(dataset):
     orders = []
     for epoch in (0, 1):
         rows = stream.rows(np.arange(epoch * len(expected), (epoch + 1) * len(expected)))
-        found = list(zip(map(tuple, rows.tokens.tolist()), rows.last_is_target.tolist(), strict=True))
+        found = list(zip(map(tuple, rows.tokens.tolist()), rows.is_target[:, -1].tolist(), strict=True))
         assert sorted(found) == sorted(expected) and found != expected
         orders.append(found)
     assert orders[0] != orders[1]
@@ -211,18 +211,18 @@ def test_too_few_samples(dataset):
 
 
 def test_digests_depend_on_all_they_should():
-    rows = Rows(np.array([3, 4]), np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint32), np.array([True, True]))
+    rows = Rows(np.array([3, 4]), np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint32), np.ones((2, 2), dtype=bool))
     first = hashlib.sha256(np.int64(3).tobytes() + np.array([1, 2, 3], dtype="<u4").tobytes()).digest()[:16]
     digests = row_digests(rows)
     assert digests.shape == (2, 16) and digests[0].tobytes() == first
     assert batch_hash(digests) == hashlib.sha256(digests.tobytes()).hexdigest()[:16] != batch_hash(digests[::-1])
-    other = Rows(np.array([3, 5]), rows.tokens, rows.last_is_target)
+    other = Rows(np.array([3, 5]), rows.tokens, rows.is_target)
     assert (row_digests(other)[0] == digests[0]).all() and (row_digests(other)[1] != digests[1]).any()
 
 
 def test_causal_lm():
     tokens = np.array([[1, 2, 3, 4], [5, 6, 7, 0]], dtype=np.uint32)
-    inputs, labels = OBJECTIVES["causal_lm"](Rows(np.array([0, 1]), tokens, np.array([True, False])))
+    inputs, labels = OBJECTIVES["causal_lm"](Rows(np.array([0, 1]), tokens, np.array([[True, True, True], [True, True, False]])))
     assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]] and inputs.dtype == labels.dtype == np.int64
     assert labels.tolist() == [[2, 3, 4], [6, 7, IGNORE]]
     assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]

@@ -107,8 +107,8 @@ def test_the_split_is_by_text(folder, tokenizer, tmp_path):
         (folder / f"copy-{i}.py").write_text(python_like_text(40 + i, seed=i))
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--val-fraction", 0.3]
     tool(*argv, "--output", tmp_path / "out")
-    train_set = manifests.load(manifests.resolve_split(tmp_path / "out", "train"))
-    val_set = manifests.load(manifests.resolve_split(tmp_path / "out", "val"))
+    train_set = manifests.open_split(tmp_path / "out", "train")
+    val_set = manifests.open_split(tmp_path / "out", "val")
     in_train, in_val = (set(map(tuple, documents(m))) for m in (train_set, val_set))
     assert not in_train & in_val and len(in_train | in_val) == 40
     assert train_set.docs + val_set.docs == 60 and 4 <= len(in_val) <= 20

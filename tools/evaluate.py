@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_stream(path: str, split: str, tokenizer: Tokenizer, seq_len: int) -> Stream:
     """The windows of a folder of shards, in their natural order."""
-    manifest = manifests.load(manifests.resolve_split(path, split))
+    manifest = manifests.open_split(path, split)
     manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
     return Stream(manifest, seq_len, 0, 1, 0, 1, shuffle=False)
 

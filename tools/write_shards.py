@@ -24,8 +24,8 @@ from tqdm import tqdm
 from pretrain.cli import run_tool
 from pretrain.data.documents import Counts, InputFile, find_files, is_held_out, read_documents
 from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest
-from pretrain.data.shards import DatasetWriter, token_dtype
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.writer import DatasetWriter, token_dtype
 from pretrain.files import sync_folder, write_atomically
 
 BATCH_CHARS = 4_000_000  # text that is tokenized together; bounds the memory

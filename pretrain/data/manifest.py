@@ -12,23 +12,28 @@ of any shard. index.json is written last: a folder without it is not a data set.
 """
 
 import hashlib
+import io
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from pretrain.data.remote import CacheSettings, Store, open_store
 from pretrain.files import write_atomically
 
 FORMAT = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
-# offsets are bytes from the start of the shard to the first number (after the .npy header); counts are numbers;
-# flag 1: the first tokens continue the document of the chunk before; crc32 of the numbers' bytes
+# A chunk is `bytes` bytes of the shard from `offset` on, headers and padding included: the chunks of a shard lie end to
+# end and cover it up to the end of the archive, so `crc32` (of those bytes) leaves no byte unwatched. `tokens_offset` and
+# `docs_offset` are bytes from the start of the shard to the first number (after the .npy header), `tokens` and `docs` count
+# numbers. Flag 1: the first tokens continue the document of the chunk before.
 CHUNK_DTYPE = np.dtype(
-    [("tokens_offset", "<i8"), ("tokens", "<i8"), ("tokens_crc32", "<u4"),
-     ("docs_offset", "<i8"), ("docs", "<i8"), ("docs_crc32", "<u4"), ("flags", "<u4")]
+    [("offset", "<i8"), ("bytes", "<i8"), ("crc32", "<u4"), ("flags", "<u4"),
+     ("tokens_offset", "<i8"), ("tokens", "<i8"), ("docs_offset", "<i8"), ("docs", "<i8")]
 )  # fmt: skip
 CONTINUES = 1
 
@@ -48,19 +53,34 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards, as index.json describes it. `dtype` is '<u2' or '<u4', `special_ids` name -> id."""
+    """A folder of shards, as index.json describes it. `dtype` is '<u2' or '<u4', `special_ids` name -> id.
 
-    folder: Path
+    `full_chunks`: every chunk but the last of a shard holds `chunk_tokens` tokens, so the token counts of the shards say
+    how many windows there are, and no sidecar is touched before it is needed.
+    """
+
+    store: Store
     dtype: str
     chunk_tokens: int
+    full_chunks: bool
     tokenizer_sha256: str
     vocab_size: int
     special_ids: dict[str, int]
     shards: tuple[Shard, ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def location(self) -> str:
+        """Where the data set lies, as the user gave it."""
+        return self.store.location
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a local data set."""
+        return Path(self.store.location)
 
     @property
     def tokens(self) -> int:
@@ -77,43 +97,46 @@ class Manifest:
     @property
     def tokenizer_path(self) -> Path:
         """The copy of the tokenizer that travels with the shards."""
-        return self.folder / TOKENIZER_NAME
+        return self.store.path(TOKENIZER_NAME, self.tokenizer_sha256)
 
     def check_tokenizer(self, path: str | Path, sha256: str) -> None:
         """`ValueError` unless the tokenizer at `path` with hash `sha256` is the one that wrote these shards."""
         if sha256 != self.tokenizer_sha256:
             raise ValueError(
-                f"the shards in {self.folder} were written with another tokenizer than {path} (sha256 "
-                f"{self.tokenizer_sha256[:12]}, not {sha256[:12]}): use {self.tokenizer_path}, "
+                f"the shards in {self.location} were written with another tokenizer than {path} (sha256 "
+                f"{self.tokenizer_sha256[:12]}, not {sha256[:12]}): use {self.location}/{TOKENIZER_NAME}, "
                 "or write the shards again"
             )
 
     def chunks(self, shard: int) -> np.ndarray:
         """The sidecar of shard number `shard`, CHUNK_DTYPE[chunks]; `ValueError` when it is not the one written."""
         entry = self.shards[shard]
-        path = self.folder / sidecar_name(entry.name)
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: copy it again, or write the shards again")
+        name = sidecar_name(entry.name)
+        path = self.store.path(name, entry.index_sha256)
         data = path.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != entry.index_sha256:
             raise ValueError(
-                f"{path} is damaged: sha256 {found[:12]} where {INDEX_NAME} says {entry.index_sha256[:12]}; "
-                "copy it again, or write the shards again"
+                f"{self.location}/{name} is damaged: sha256 {found[:12]} where {INDEX_NAME} says "
+                f"{entry.index_sha256[:12]}; copy it again, or write the shards again"
             )
-        chunks = np.load(path, allow_pickle=False)
+        chunks = np.load(io.BytesIO(data), allow_pickle=False)
         assert chunks.dtype == CHUNK_DTYPE and int(chunks["tokens"].sum()) == entry.tokens
         return chunks
 
     def windows_per_shard(self, seq_len: int) -> np.ndarray:
         """How many windows of `seq_len` tokens each shard holds, int64[shards]; a window never crosses a chunk."""
         assert seq_len > 0
+        if self.full_chunks:
+            tokens = np.array([shard.tokens for shard in self.shards], dtype=np.int64)
+            full, rest = np.divmod(tokens, self.chunk_tokens)
+            return full * (self.chunk_tokens // seq_len) + rest // seq_len
         counts = [int((self.chunks(i)["tokens"] // seq_len).sum()) for i in range(len(self.shards))]
         return np.array(counts, dtype=np.int64)
 
     def _facts(self) -> dict:
         facts = {"format": FORMAT, "shards": [asdict(shard) for shard in self.shards]}
-        for name in ("dtype", "chunk_tokens", "tokenizer_sha256", "vocab_size", "special_ids"):
+        for name in ("dtype", "chunk_tokens", "full_chunks", "tokenizer_sha256", "vocab_size", "special_ids"):
             facts[name] = getattr(self, name)
         return facts
 
@@ -123,68 +146,84 @@ def sidecar_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".idx.npy"
 
 
-def resolve_split(path: str | Path, split: str) -> Path:
-    """The folder of a split ("train" or "val"): `path/split` where that is a data set, else `path` itself."""
+def open_split(location: str | Path, split: str, cache: CacheSettings | None = None) -> Manifest:
+    """The data set of a split ("train" or "val"): `location/split` where there is one, else `location` itself."""
     assert split in ("train", "val")
-    inside = Path(path) / split
-    return inside if (inside / INDEX_NAME).is_file() else Path(path)
+    inside = f"{str(location).rstrip('/')}/{split}"
+    return load(inside if open_store(inside, cache).exists(INDEX_NAME) else location, cache)
 
 
-def save(manifest: Manifest) -> None:
+def save(manifest: Manifest, folder: Path) -> None:
     """Write index.json, complete or not at all."""
     facts = manifest._facts() | {"fingerprint": manifest.fingerprint}
-    write_atomically(manifest.folder / INDEX_NAME, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(folder / INDEX_NAME, (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def load(folder: str | Path) -> Manifest:
-    """Read and check the index of a folder of shards; every fault is a `ValueError` that names the file."""
-    folder = Path(folder)
-    path = folder / INDEX_NAME
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the folder that tools/write_shards.py wrote")
-    if not path.is_file():
-        splits = [name for name in ("train", "val") if (folder / name / INDEX_NAME).is_file()]
-        hint = f"; it has the splits {', '.join(splits)}: give one of them" if splits else ""
-        raise ValueError(
-            f"{folder} has no {INDEX_NAME}{hint or ': it is not a data set, or writing it was not finished'}"
-            f"{'' if splits else '; write it with tools/write_shards.py'}"
-        )
+def load(location: str | Path, cache: CacheSettings | None = None) -> Manifest:
+    """Read and check the index of a folder of shards, local or remote; every fault is a `ValueError` that names the file.
+
+    What is remote is read through the cache.
+    """
+    location = str(location)
+    store = open_store(location, cache)
+    if not store.exists(INDEX_NAME):
+        raise ValueError(_no_index(store))
+    where, data = f"{location}/{INDEX_NAME}", store.path(INDEX_NAME).read_bytes()
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(data)
         version = facts["format"]
+        if not data.endswith(b"}\n"):
+            raise ValueError("its last line is cut short")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a valid index ({error!r}): copy it again, or write the shards again") from None
+        raise ValueError(f"{where} is not a valid index ({error!r}): copy it again, or write the shards again") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version!r}, this program reads format {FORMAT}: write the shards again")
-    manifest = _parse(path, facts)
-    _check_files(manifest)
+        raise ValueError(f"{where} has format {version!r}, this program reads format {FORMAT}: write the shards again")
+    manifest = _parse(where, facts, store)
+    _check_shards(manifest)
     return manifest
 
 
-def _parse(path: Path, facts: dict) -> Manifest:
+def _no_index(store: Store) -> str:
+    location = store.location
+    if not store.is_remote and not Path(location).is_dir():
+        return f"{location} is not a folder: give the folder that tools/write_shards.py wrote"
+    splits = [name for name in ("train", "val") if store.exists(f"{name}/{INDEX_NAME}")]
+    if splits:
+        return f"{location} has no {INDEX_NAME}; it has the splits {', '.join(splits)}: give one of them"
+    return (
+        f"{location} has no {INDEX_NAME}: it is not a data set, or writing it was not finished; write it with "
+        "tools/write_shards.py, or index the shards of others with tools/verify_shards.py --rebuild"
+    )
+
+
+def _parse(where: str, facts: dict, store: Store) -> Manifest:
     try:
         shards = tuple(Shard(**entry) for entry in facts["shards"])
-        named = {f.name: facts[f.name] for f in fields(Manifest) if f.name not in ("folder", "shards")}
-        manifest = Manifest(folder=path.parent, shards=shards, **named)
+        named = {f.name: facts[f.name] for f in fields(Manifest) if f.name not in ("store", "shards")}
+        manifest = Manifest(store=store, shards=shards, **named)
         intact = facts["fingerprint"] == manifest.fingerprint
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} lacks a field ({error!r}): copy it again, or write the shards again") from None
+        raise ValueError(f"{where} lacks a field ({error!r}): copy it again, or write the shards again") from None
     if not intact:
-        raise ValueError(f"{path} was changed: its fingerprint does not match its content; copy it again")
+        raise ValueError(f"{where} was changed: its fingerprint does not match its content; copy it again")
     return manifest
 
 
-def _check_files(manifest: Manifest) -> None:
+def _check_shards(manifest: Manifest) -> None:
     for shard in manifest.shards:
-        path = manifest.folder / shard.name
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar", shard.name):
-            raise ValueError(f"{manifest.folder / INDEX_NAME}: {shard.name!r} is not a plain shard name (NAME.tar)")
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, {INDEX_NAME} lists it: copy it again, or write the shards again")
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes where {INDEX_NAME} says {shard.bytes:,}: "
-                "copy it again, or write the shards again"
-            )
+            raise ValueError(f"{manifest.location}/{INDEX_NAME}: {shard.name!r} is not a plain shard name (NAME.tar)")
+        if not manifest.store.is_remote:
+            _check_file(Path(manifest.location) / shard.name, shard.bytes)
     if manifest.tokens == 0:
-        raise ValueError(f"{manifest.folder} holds no tokens: write shards from text that is not empty")
+        raise ValueError(f"{manifest.location} holds no tokens: write shards from text that is not empty")
+
+
+def _check_file(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, {INDEX_NAME} lists it: copy it again, or write the shards again")
+    if path.stat().st_size != size:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes where {INDEX_NAME} says {size:,}: "
+            "copy it again, or write the shards again"
+        )

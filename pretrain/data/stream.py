@@ -23,12 +23,14 @@ from pretrain.data.shards import ShardReader
 class Rows:
     """b windows of T tokens. tokens[:, :T] are the inputs, tokens[:, 1:] the token after each.
 
-    Where a window ends its chunk, the last token is 0 and last_is_target is False.
+    `is_target` says which of them is to be predicted: where a window ends its chunk, the last one (a 0) is not.
+    `documents` numbers the documents of a row from 0 on, -1 where there is none (padding); None when not asked for.
     """
 
     sample_numbers: np.ndarray  # int64[b]
     tokens: np.ndarray  # uint32[b, T + 1]
-    last_is_target: np.ndarray  # bool[b]
+    is_target: np.ndarray  # bool[b, T]
+    documents: np.ndarray | None = None  # int32[b, T + 1]
 
 
 class Stream:
@@ -70,7 +72,9 @@ class Stream:
         sample_numbers = np.asarray(sample_numbers, dtype=np.int64)
         places = self._order.locate(sample_numbers)
         tokens, last_is_target = self._reader.read(places.shard, places.window, self._seq_len)
-        return Rows(sample_numbers, tokens, last_is_target)
+        is_target = np.ones((len(tokens), self._seq_len), dtype=bool)
+        is_target[:, -1] = last_is_target
+        return Rows(sample_numbers, tokens, is_target)
 
     def batches(self, start_step: int) -> Iterator[Rows]:
         """This rank's rows of global batches start_step, start_step + 1, ... without end.
@@ -142,7 +146,7 @@ def _check_enough(manifest: Manifest, samples: int, seq_len: int, global_batch_s
     remedies = [f"a global batch of at most {samples}"] if samples else []
     remedies += [f"a sequence length of at most {shorter}"] if fits else []
     raise ValueError(
-        f"{manifest.folder} holds {samples} samples of {seq_len} tokens, fewer than one batch of {global_batch_size} "
+        f"{manifest.location} holds {samples} samples of {seq_len} tokens, fewer than one batch of {global_batch_size} "
         f"({manifest.tokens:,} tokens in all): use {' or '.join(remedies + ['more text'])}"
     )
 
