@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "hydra-core>=1.3.8,<1.4",
         "torch>=2.10",
-        "sentencepiece>=0.2.1",
+        "sentencepiece>=0.2.3",
         "deepspeed>=0.19,<0.20",
         "webdataset",
         "wandb",
@@ -44,7 +44,7 @@ setup(
         "s3": ["s3fs"],
         "gs": ["gcsfs"],
         # write_shards.py: Parquet, near-duplicates, telephone numbers, Slurm arrays
-        "prepare": ["pyarrow", "datasketch", "phonenumbers", "submitit"],
+        "prepare": ["pyarrow", "datasketch>=2", "phonenumbers", "submitit"],
         "dev": ["pytest", "ruff", "moto[s3]", "flask", "flask-cors"],
     },
 )

@@ -6,7 +6,7 @@ do instead.
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,6 +26,17 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class PhaseConfig:
+    """What changes at a step of a run. What is not said stays as it was before."""
+
+    from_step: int
+    seq_len: Optional[int] = None  # noqa: UP045 (OmegaConf reads these types)
+    global_batch_size: Optional[int] = None  # noqa: UP045
+    micro_batch_size: Optional[int] = None  # noqa: UP045
+    weights: Optional[list[float]] = None  # noqa: UP045
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and precision. Batch sizes count samples of `seq_len` tokens, `save_every`, `eval_every` steps."""
 
@@ -33,6 +44,7 @@ class TrainConfig:
     global_batch_size: int
     micro_batch_size: int
     seq_len: int
+    phases: list[PhaseConfig]
     precision: str
     save_every: int
     keep_checkpoints: int
@@ -70,12 +82,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shard folders of `tools/write_shards.py`; `tokenizer` null means the one stored with the training shards."""
+    """Folders or URLs of shards: `train` one or a list of them with their `weights`; how they are packed and read."""
 
-    train: Optional[str]  # noqa: UP045 (OmegaConf reads these types)
+    train: Any
+    weights: Optional[list[float]]  # noqa: UP045
     val: Optional[str]  # noqa: UP045
     tokenizer: Optional[str]  # noqa: UP045
+    packing: str
+    document_mask: bool
+    quarantine: bool
     prefetch_batches: int
+    cache: str
+    cache_gb: float
+
+    @property
+    def sources(self) -> list[str]:
+        """The training sources, one or several."""
+        listed = self.train if isinstance(self.train, list) else [self.train]
+        return [source for source in listed if source is not None]
 
 
 @dataclass(frozen=True)
@@ -161,6 +185,7 @@ CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2"),
     "model.attention": ("sdpa", "plain"),
     "model.init": ("scaled", "zero_residual"),
+    "data.packing": ("window", "best_fit"),
     "objective.name": ("causal_lm",),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
@@ -171,7 +196,7 @@ CHOICES = {
 POSITIVE = (
     "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints",
     "model.layers", "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std",
-    "optim.lr", "optim.eps", "data.prefetch_batches",
+    "optim.lr", "optim.eps", "data.prefetch_batches", "data.cache_gb",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.save_every", "train.eval_every", "train.eval_samples", "model.vocab_size", "model.kv_heads",
@@ -180,7 +205,7 @@ NOT_NEGATIVE = (
 FRACTIONS = ("model.dropout", "optim.beta1", "optim.beta2", "schedule.min_lr_ratio", "schedule.decay_fraction")
 
 # A change of these makes another run; of anything else, the same run under other conditions.
-UNSAFE_TO_CHANGE = ("seed", "train.global_batch_size", "train.seq_len", "model", "objective", "optim.name")
+UNSAFE_TO_CHANGE = ("seed", "data.packing", "data.document_mask", "model", "objective", "optim.name")
 SAFE_TO_CHANGE = ("model.attention",)  # another kernel for the same formula
 
 
@@ -211,6 +236,23 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     ]  # fmt: skip
     lines = {key: f"{key}: {before[key]} -> {after[key]}" for key in changed}
     return [lines[key] for key in changed if key not in unsafe], [lines[key] for key in unsafe]
+
+
+def phases(train: TrainConfig, weights: list[float] | None = None) -> list[PhaseConfig]:
+    """The phases of a run with nothing left open: its own settings from step 0, then what `train.phases` changes."""
+    plan = [PhaseConfig(0, train.seq_len, train.global_batch_size, train.micro_batch_size, weights)]
+    for phase in train.phases:
+        said = {field.name: getattr(phase, field.name) for field in fields(phase)}
+        plan.append(replace(plan[-1], **{name: value for name, value in said.items() if value is not None}))
+    return plan
+
+
+def at_step(train: TrainConfig, step: int) -> TrainConfig:
+    """The settings that hold for the step after `step` steps."""
+    now = [phase for phase in phases(train) if phase.from_step <= step][-1]
+    return replace(
+        train, seq_len=now.seq_len, global_batch_size=now.global_batch_size, micro_batch_size=now.micro_batch_size
+    )
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
@@ -248,12 +290,39 @@ def check(config: Config) -> None:
         if key in FRACTIONS and not 0 <= value <= 1:
             raise ValueError(f"{key}={value} must lie between 0 and 1")
     _check_run_name(config.run.name)
+    _check_sources(config.data, config.train)
+    _check_phases(config.train)
     _check_model(config.model, config.train)
 
 
 def _check_run_name(name: str) -> None:
     if not name or name in (".", "..") or any(c in name for c in "/\\\0") or name != name.strip():
         raise ValueError(f"run.name={name!r} must be a plain folder name, without slashes; the folder goes to run.root")
+
+
+def _check_sources(data: DataConfig, train: TrainConfig) -> None:
+    if not all(isinstance(source, str) and source for source in data.sources):
+        raise ValueError(f"data.train={data.train} must be a folder or URL of shards, or a list of them: [a,b]")
+    lists = {"data.weights": data.weights}
+    lists |= {f"train.phases[{i}].weights": phase.weights for i, phase in enumerate(train.phases)}
+    for key, weights in lists.items():
+        if weights is not None and (len(weights) != len(data.sources) or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"{key}={weights} must be a number for each of the {len(data.sources)} sources of data.train, none "
+                "below 0 and one above it"
+            )
+
+
+def _check_phases(train: TrainConfig) -> None:
+    last = 0
+    for i, phase in enumerate(train.phases):
+        if phase.from_step <= last:
+            raise ValueError(f"train.phases[{i}].from_step={phase.from_step} must come after step {last}")
+        last = phase.from_step
+        for key in ("seq_len", "global_batch_size", "micro_batch_size"):
+            value = getattr(phase, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.phases[{i}].{key}={value} must be greater than 0")
 
 
 def _check_model(model: ModelConfig, train: TrainConfig) -> None:
@@ -263,8 +332,9 @@ def _check_model(model: ModelConfig, train: TrainConfig) -> None:
         raise ValueError(f"model.heads={model.heads} must be a multiple of model.kv_heads={model.kv_heads}")
     if model.positions == "rope" and model.width // model.heads % 2:
         raise ValueError(f"model.positions=rope needs an even head width; it is {model.width // model.heads}")
-    if train.seq_len > model.max_positions:
+    longest = max(phase.seq_len for phase in phases(train))
+    if longest > model.max_positions:
         raise ValueError(
-            f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions}: "
+            f"train.seq_len={longest} is longer than model.max_positions={model.max_positions}: "
             "shorten the first or raise the second"
         )

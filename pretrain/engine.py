@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia0") else "cuda")
 
@@ -32,8 +31,8 @@ EXTRA_KEYS = (
     "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler",
 )  # fmt: skip
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
-LossRows = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+MicroBatch = tuple[torch.Tensor, ...]  # inputs, labels and, where they are to be kept apart, documents; [b, T] each
+LossRows = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Engine:
         self, build_model: Callable[[], torch.nn.Module], loss_rows: LossRows, settings: dict,
         optim_config: OptimConfig, ranks: Ranks, device: torch.device,
     ):  # fmt: skip
-        """`settings` is `deepspeed_config(...)`; `loss_rows(model, inputs, labels)` gives each row's summed loss."""
+        """`settings` is `deepspeed_config(...)`; `loss_rows(model, *micro_batch)` gives each row's summed loss."""
         deepspeed_logger.setLevel("ERROR")
         # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -113,8 +112,8 @@ class Engine:
         self.state_kinds = optim.STATE_KINDS[optim_config.name]
 
     def step(self, micro_batches: list[MicroBatch], targets: int, lr: float) -> tuple[float, float]:
-        """One update from this rank's micro-batches (inputs [b, T], labels [b, T]) of a global batch with `targets`
-        target tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
+        """One update from this rank's micro-batches, any number of them, of a global batch with `targets` target
+        tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
 
         The gradient is that of the mean over all targets of the global batch, however it is split: DeepSpeed averages
         over the ranks, so each row's sum is scaled by ranks / targets.
@@ -124,21 +123,23 @@ class Engine:
         self.engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = None
-        for index, (inputs, labels) in enumerate(micro_batches):
-            loss_sum = self.loss_rows(self.engine, inputs, labels).sum()
+        for index, micro_batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would count to a fixed number
+            loss_sum = self.loss_rows(self.engine, *micro_batch).sum()
             total += loss_sum.detach()
             self.engine.backward(loss_sum * (self.world_size / targets), scale_wrt_gas=False)
-            if index == len(micro_batches) - 1 and self._is_plain():
+            if is_last and self._is_plain():
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return all_reduce_sum(total.cpu()).item() / targets, float(norm)
 
     @torch.no_grad()
-    def evaluate(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, *micro_batch: torch.Tensor) -> torch.Tensor:
         """Summed loss of each row [b], fp64 on the CPU. Under ZeRO-3 every rank must call it equally often."""
         self.engine.eval()
-        return self.loss_rows(self.engine, inputs, labels).double().cpu()
+        return self.loss_rows(self.engine, *micro_batch).double().cpu()
 
     def fragments(self) -> Iterator[Fragment]:
         """All that this rank owns: together the ranks own every element exactly once (stage 0: all of it, each)."""

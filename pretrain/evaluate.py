@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pretrain.data.objectives import IGNORE
+from pretrain.data.objectives import IGNORE, batch_of
 from pretrain.data.stream import Stream
 from pretrain.dist import Ranks, all_gather_tensor
 
-EvaluateRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+EvaluateRows = Callable[..., torch.Tensor]
 
 
 class Validation:
@@ -26,7 +26,8 @@ class Validation:
         self.micro_batch_size = micro_batch_size
 
     def run(self, evaluate_rows: EvaluateRows, ranks: Ranks, device: torch.device) -> dict[str, float]:
-        """`evaluate_rows(inputs, labels)` gives each row's summed loss in nats. On all ranks; each takes rows r::w.
+        """`evaluate_rows(*batch)` gives each row's summed loss in nats, `batch` as `objectives.batch_of` makes it. On
+        all ranks; each takes rows r::w.
 
         Sums are gathered a row at a time and added in the order of the windows, so the split leaves no trace.
         """
@@ -36,11 +37,12 @@ class Validation:
         sums = torch.zeros(each, 3, dtype=torch.float64)
         for start in range(0, each, self.micro_batch_size):
             mine = places[start : start + self.micro_batch_size]
-            inputs, labels = self.objective(self.stream.rows(self.windows[np.minimum(mine, count - 1)]))
+            batch = batch_of(self.objective, self.stream.rows(self.windows[np.minimum(mine, count - 1)]))
+            labels = batch[1]
             labels[mine >= count] = IGNORE  # padding: every rank computes equally often, as ZeRO-3 needs
             counted = labels != IGNORE
             text_bytes = np.where(counted, self.byte_lengths[np.where(counted, labels, 0)], 0).sum(1)
-            losses = evaluate_rows(torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device))
+            losses = evaluate_rows(*(torch.from_numpy(part).to(device) for part in batch))
             rows = (losses, torch.from_numpy(counted.sum(1)), torch.from_numpy(text_bytes))
             sums[start : start + len(mine)] = torch.stack([row.double() for row in rows], 1)
         in_order = all_gather_tensor(sums).transpose(0, 1).flatten(0, 1)[:count]

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from pretrain import checkpoint, optim
-from pretrain.config import Config
-from pretrain.data.objectives import IGNORE
+from pretrain.config import Config, at_step
+from pretrain.data.objectives import IGNORE, batch_of
 from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
-from pretrain.dist import Ranks, all_gather_tensor
-from pretrain.engine import Engine
+from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor
+from pretrain.engine import Engine, MicroBatch
 from pretrain.evaluate import Validation
 from pretrain.guard import Guard
 from pretrain.log import Log
@@ -23,19 +23,20 @@ def train_loop(
 ) -> int:  # fmt: skip
     """Train from `start_step` to `config.train.steps` or to a stop signal; returns the last step, which is saved.
 
-    `model_facts`: the model's config with its vocabulary (kept in checkpoints), its FLOPs a token, the ranks' peak.
+    `model_facts`: the model's config with its vocabulary (kept in checkpoints), its FLOPs a token at a sequence length,
+    the ranks' peak FLOPs a second.
     Raises `FloatingPointError` when the guard ends the run.
     """
-    train = config.train
-    batches = stream.batches(start_step)
+    batches, told = stream.batches(start_step), stream.quarantine
     step, stopped = start_step, None
-    while step < train.steps and not stopped:
+    while step < config.train.steps and not stopped:
+        train = at_step(config.train, step)
         started = time.perf_counter()
         rows = next(batches)
-        inputs, labels = objective(rows)
-        targets, hashed = agree_on_batch(rows, labels)
+        batch = batch_of(objective, rows)
+        targets, hashed = agree_on_batch(rows, labels=batch[1])
         lr = optim.learning_rate(step, train.steps, config.optim.lr, config.schedule)
-        parts = micro_batches(inputs, labels, train.micro_batch_size, engine.device)
+        parts = micro_batches(batch, train.micro_batch_size, engine.device)
         loss, grad_norm = engine.step(list(parts), targets, lr)
         step += 1
         if problem := guard.problem(step, loss, grad_norm):
@@ -44,10 +45,11 @@ def train_loop(
             raise FloatingPointError(problem)
         seconds = time.perf_counter() - started
         speed = train.global_batch_size * train.seq_len / seconds
+        flops = speed * model_facts["flops_per_token"](train.seq_len)
         row = {
-            "step": step, "tokens": step * train.global_batch_size * train.seq_len, "loss": loss, "lr": lr,
-            "grad_norm": grad_norm, "tokens_per_second": speed, "step_seconds": seconds,
-            "mfu": speed * model_facts["flops_per_token"] / model_facts["peak_flops"], "batch_hash": hashed,
+            "step": step, "tokens": stream.consumed(step)[1], "loss": loss, "lr": lr, "grad_norm": grad_norm,
+            "tokens_per_second": speed, "step_seconds": seconds, "mfu": flops / model_facts["peak_flops"],
+            "batch_hash": hashed,
         }  # fmt: skip
         stopped = guard.agreed_stop()
         if validation and not stopped and due(step, train.eval_every, train.steps):
@@ -55,7 +57,7 @@ def train_loop(
         log.row(row)
         checkpoints.poll()
         if stopped or due(step, train.save_every, train.steps):
-            state = stream.state(step * train.global_batch_size)
+            state = agree_on_state(stream, step, told, log)
             header = checkpoint.Header(step, config.optim.name, engine.optimizer_steps, state, model_facts["model"])
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
             checkpoints.save(header, engine.fragments_to_save())
@@ -72,13 +74,20 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def micro_batches(
-    inputs: np.ndarray, labels: np.ndarray, size: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device) -> Iterator[MicroBatch]:
     """This rank's rows, `size` at a time, on its device."""
-    for start in range(0, len(inputs), size):
-        part = slice(start, start + size)
-        yield torch.from_numpy(inputs[part]).to(device), torch.from_numpy(labels[part]).to(device)
+    for start in range(0, len(batch[0]), size):
+        yield tuple(torch.from_numpy(column[start : start + size]).to(device) for column in batch)
+
+
+def agree_on_state(stream: Stream, step: int, told: set, log: Log) -> dict:
+    """The stream's state after `step` steps, with what any rank has put in quarantine; what is new becomes an event."""
+    found = set().union(*all_gather_objects(stream.quarantine))
+    for source, shard, chunk in sorted(found - told):
+        log.event("quarantined", step=step, source=source, shard=shard, chunk=chunk)
+    told |= found
+    stream.adopt_quarantine(found)
+    return stream.state(step)
 
 
 def agree_on_batch(rows: Rows, labels: np.ndarray) -> tuple[int, str]:

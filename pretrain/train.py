@@ -6,6 +6,7 @@
 command continues the run.
 """
 
+import functools
 import json
 import sys
 import time
@@ -17,9 +18,9 @@ import torch
 
 from pretrain import checkpoint, compose, config, dist, engine, generate, hardware, loop, report
 from pretrain.config import Config, ModelConfig
-from pretrain.data import manifest as manifests
+from pretrain.data import opening
 from pretrain.data.objectives import OBJECTIVES
-from pretrain.data.stream import Stream
+from pretrain.data.stream import DataError, Stream
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Validation
 from pretrain.files import write_atomically
@@ -63,9 +64,12 @@ def main() -> None:
     refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
     try:
         run(plan, ranks, device)
-    except FloatingPointError as error:
+    except FloatingPointError as error:  # on all ranks
         if ranks.is_main:
             print(f"error: {error}", file=sys.stderr)
+        dist.finish(1)
+    except DataError as error:  # on the rank that met it
+        print(f"error: {error}", file=sys.stderr)
         dist.finish(1)
     except BaseException:
         traceback.print_exc()
@@ -83,22 +87,17 @@ def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
 
 def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
-    config.accumulation_steps(cfg.train, ranks.world_size)
+    for phase in config.phases(cfg.train):
+        config.accumulation_steps(config.at_step(cfg.train, phase.from_step), ranks.world_size)
     engine.check_extra(cfg.deepspeed)
-    if not cfg.data.train:
-        raise ValueError("data.train has no value: give a folder of shards (tools/write_shards.py)")
-    train = manifests.open_split(cfg.data.train, "train")
-    tokenizer = Tokenizer(cfg.data.tokenizer or train.tokenizer_path)
-    train.check_tokenizer(tokenizer.path, tokenizer.sha256)
-    stream = Stream(
-        train, cfg.train.seq_len, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size,
-        prefetch_batches=cfg.data.prefetch_batches,
-    )  # fmt: skip
+    sources = opening.open_sources(cfg.data)
+    tokenizer = opening.open_tokenizer(cfg.data, sources)
+    stream = opening.open_training(cfg.data, cfg.train, cfg.seed, sources, ranks.rank, ranks.world_size)
     needed = tokenizer.vocab_size
     if 0 < cfg.model.vocab_size < needed:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or needed)
-    identity = {"train": train.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     changes = check_run_folder(cfg, identity) if ranks.is_main else ()
     return Plan(cfg, model, tokenizer, stream, open_validation(cfg, tokenizer), identity, changes)
 
@@ -107,9 +106,7 @@ def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
     """The held-out shards in their natural order, when the config names any."""
     if not cfg.data.val:
         return None
-    held_out = manifests.open_split(cfg.data.val, "val")
-    held_out.check_tokenizer(tokenizer.path, tokenizer.sha256)
-    ordered = Stream(held_out, cfg.train.seq_len, 0, 1, 0, 1, shuffle=False)
+    ordered = opening.open_held_out(cfg.data.val, cfg.data, cfg.train.seq_len, tokenizer)
     objective, lengths = OBJECTIVES[cfg.objective.name], tokenizer.byte_lengths()
     return Validation(ordered, objective, cfg.train.eval_samples, cfg.train.micro_batch_size, lengths)
 
@@ -155,12 +152,16 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     log.event(
         "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
         zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
-        peak_tflops=peak * ranks.world_size / 1e12, unused_tokens=plan.stream.unused_tokens,
+        peak_tflops=peak * ranks.world_size / 1e12,
     )  # fmt: skip
+    for facts in plan.stream.summary(cfg.train.steps):
+        log.event("source", **facts)
+    for phase in plan.stream.phases[1:]:
+        log.event("phase", **asdict(phase))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
     facts = {
         "model": asdict(plan.model),
-        "flops_per_token": flops_per_token(plan.model, cfg.train.seq_len),
+        "flops_per_token": functools.partial(flops_per_token, plan.model),
         "peak_flops": peak * ranks.world_size,
     }
     if start_step >= cfg.train.steps:
@@ -198,8 +199,8 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
     def build_model() -> LanguageModel:
         return LanguageModel(plan.model, cfg.train.activation_checkpointing)
 
-    def loss_rows(module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy_rows(module(inputs), labels)
+    def loss_rows(module, inputs: torch.Tensor, labels: torch.Tensor, documents=None) -> torch.Tensor:
+        return cross_entropy_rows(module(inputs, documents=documents), labels)
 
     return engine.Engine(build_model, loss_rows, settings, cfg.optim, ranks, device)
 
@@ -207,7 +208,8 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
 def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
     """Fill the engine from a checkpoint, or with the initial values; returns the steps done."""
     if found is not None:
-        plan.stream.check_state(checkpoint.read_header(found).state)
+        before = checkpoint.read_header(found)
+        plan.stream.resume(before.state, before.step)
         header = checkpoint.load(found, trainer.fragments())
         trainer.refresh(header.optimizer_steps)
         return header.step

@@ -12,26 +12,42 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 LAYERS = {
     "config": 0, "dist": 0, "cli": 0, "files": 0, "hardware": 0,
     "compose": 1, "data": 1, "model": 1, "optim": 1,
-    "engine": 2,
+    "engine": 2, "prepare": 2,
     "checkpoint": 3, "guard": 3, "log": 3, "report": 3, "evaluate": 3, "generate": 3,
     "loop": 4,
     "train": 5,
 }  # fmt: skip
-# Within data/ and model/: what each module may import of its own package.
+# Within data/, prepare/ and model/: what each module may import of its own package.
 INSIDE = {
-    "data.manifest": {"data.remote"}, "data.order": set(), "data.tokenizer": set(), "data.objectives": set(),
-    "data.documents": {"data.tar"}, "data.tar": set(), "data.remote": set(),
-    "data.filters": set(), "data.dedup": set(),
-    "data.shards": {"data.manifest"}, "data.writer": {"data.manifest", "data.remote", "data.tar"},
+    "data.fetch": set(), "data.cache": set(), "data.remote": {"data.cache", "data.fetch"},
+    "data.sidecar": set(), "data.manifest": {"data.remote", "data.sidecar"},
+    "data.tar": set(), "data.writer": {"data.manifest", "data.remote", "data.sidecar", "data.tar"},
+    "data.shards": {"data.manifest", "data.sidecar"}, "data.order": set(), "data.mixture": {"data.order"},
     "data.packing": {"data.manifest", "data.order", "data.shards"},
-    "data.stream": {"data.manifest", "data.order", "data.shards"},
+    "data.source": {"data.manifest", "data.order", "data.packing", "data.shards"},
+    "data.stream": {"data.manifest", "data.mixture", "data.order", "data.source"},
+    "data.opening": {"data.manifest", "data.mixture", "data.remote", "data.source", "data.stream", "data.tokenizer"},
+    "data.tokenizer": set(), "data.objectives": set(),
+    "data.npy": set(), "data.samples": {"data.npy", "data.sidecar", "data.tar"},
+    "data.verify": {"data.manifest", "data.samples", "data.sidecar", "data.tokenizer"},
+    "data.rebuild": {"data.manifest", "data.remote", "data.samples", "data.sidecar", "data.tokenizer", "data.verify"},
+    "prepare.readers": set(), "prepare.documents": {"prepare.readers"},
+    "prepare.pii": set(), "prepare.filters": {"prepare.documents", "prepare.pii"},
+    "prepare.dedup": set(), "prepare.encode": set(), "prepare.workers": set(),
+    "prepare.plan": {"prepare.documents", "prepare.filters"},
+    "prepare.duplicates": {"prepare.dedup", "prepare.plan"},
+    "prepare.parts": {"prepare.dedup", "prepare.documents", "prepare.duplicates", "prepare.encode", "prepare.filters",
+                      "prepare.plan"},
+    "prepare.staging": {"prepare.documents", "prepare.filters", "prepare.plan"},
     "model.attention": set(), "model.losses": set(), "model.transformer": {"model.attention"},
     "model.heads": {"model.transformer"},
 }  # fmt: skip
 SOLE_USERS = {
     "deepspeed": {"engine"}, "wandb": {"log"}, "omegaconf": {"compose"}, "hydra": {"compose"},
     "tarfile": {"data.tar"}, "sentencepiece": {"data.tokenizer"}, "matplotlib": {"report"},
-    "safetensors": {"checkpoint"}, "zstandard": {"data.documents"},
+    "safetensors": {"checkpoint"}, "fsspec": {"data.fetch"}, "submitit": {"prepare.workers"},
+    "zstandard": {"prepare.readers"}, "pyarrow": {"prepare.readers"}, "phonenumbers": {"prepare.pii"},
+    "datasketch": {"prepare.dedup"},
 }  # fmt: skip
 
 

@@ -60,6 +60,22 @@ def test_the_gradient_does_not_depend_on_the_split(results):
     assert checked == 7 and scale > 1e-3
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_takes_any_number_of_micro_batches(results, ranks, stage):
+    """4, then 2, then 8 of them, with the documents of the rows: what torch computes in one go."""
+    found = results[ranks]["counts"][f"fp32-{stage}"]
+    assert found["steps"] == 3
+    assert found["losses"] == pytest.approx(found["expected"], rel=1e-5)
+    assert found["worst"] < 1e-5
+    evaluated, expected = found["rows"]
+    assert evaluated == pytest.approx(expected, rel=1e-5)
+    assert sum(expected) != pytest.approx(found["unmasked"], rel=1e-3), "the documents must matter"
+    low = results[ranks]["counts"][f"bf16-{stage}"]
+    assert low["steps"] == 3
+    assert low["losses"] == pytest.approx(low["expected"], rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
 def test_every_element_is_written_exactly_once(results, case, kind):

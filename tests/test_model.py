@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import compose
-from pretrain.model.attention import plain, sdpa
+from pretrain.model.attention import plain, same_document, sdpa
 from pretrain.model.heads import LanguageModel
 from pretrain.model.losses import cross_entropy_rows
-from pretrain.model.transformer import flops_per_token, initial_value, sinusoids
+from pretrain.model.transformer import flops_per_token, initial_value, places_in_documents, sinusoids
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32"]
 
@@ -82,14 +82,97 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(parts):
     assert torch.allclose(torch.cat(pieces, 1), model(tokens), rtol=1e-9, atol=1e-9)
 
 
-def test_activation_checkpointing_changes_nothing():
+POSITIONS = [
+    ["model.positions=rope"], ["model.positions=learned"], ["model.positions=sinusoidal", "model.norm_position=post"],
+    ["model.positions=none"], ["model.kv_heads=1", "model.qk_norm=true"], ["model.kv_heads=0"],
+]  # fmt: skip
+LENGTHS = ((5, 1, 9), (12, 3), (1, 1, 7))  # of the documents of three rows of 16 places
+DOCUMENTS = torch.stack([
+    torch.cat([torch.full((n,), i) for i, n in enumerate(row)] + [torch.full((16 - sum(row),), -1)]) for row in LENGTHS
+])  # fmt: skip
+
+
+def weighted_sum(logits, weights):
+    return (logits.log_softmax(-1) * weights).sum()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+@pytest.mark.parametrize("parts", POSITIONS, ids=" ".join)
+def test_documents_packed_in_rows_are_computed_as_if_each_stood_alone(parts, attention, causal):
+    cfg = model_config(*parts, f"model.attention={attention}", f"model.causal={str(causal).lower()}")
+    packed, alone = build(cfg, torch.float64), build(cfg, torch.float64)
+    torch.manual_seed(0)
+    tokens, weights = torch.randint(0, 97, (3, 16)), torch.randn(3, 16, 97, dtype=torch.float64)
+    weights[DOCUMENTS < 0] = 0  # padding is nobody's target
+    logits = packed(tokens, documents=DOCUMENTS)
+    weighted_sum(logits, weights).backward()
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for length in lengths:
+            here = slice(start, start + length)
+            expected = alone(tokens[row : row + 1, here])
+            assert torch.allclose(logits[row, here], expected[0], rtol=1e-6, atol=1e-9)
+            weighted_sum(expected, weights[row : row + 1, here]).backward()
+            start += length
+    for a, b in zip(packed.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+    unmasked = packed(tokens)
+    assert not torch.allclose(unmasked[0, 6:15], logits[0, 6:15], rtol=1e-2), "the boundaries must matter"
+
+
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+@pytest.mark.parametrize("causal", ["true", "false"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_has_no_influence_and_is_finite(attention, causal, dtype):
+    model = build(model_config(f"model.attention={attention}", f"model.causal={causal}"), dtype)
+    tokens = torch.randint(0, 97, (3, 16))
+    documents = torch.cat([DOCUMENTS, torch.full((1, 16), -1)])  # and a row of nothing else
+    tokens = torch.cat([tokens, tokens[:1]])
+    others = torch.where(documents < 0, (tokens + 1) % 97, tokens)
+    before, after = model(tokens, documents=documents), model(others, documents=documents)
+    assert torch.equal(before[documents >= 0], after[documents >= 0])
+    assert not torch.equal(before, after)
+    cross_entropy_rows(before, torch.where(documents < 0, -100, tokens)).sum().backward()
+    assert before.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_both_attention_routes_agree_under_a_mask(causal, kv_heads):
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 16, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 3, kv_heads, 16, 8, dtype=torch.float64)
+    mask = same_document(DOCUMENTS, causal)
+    for b in range(3):
+        for i in range(16):
+            seen = [DOCUMENTS[b, j] == DOCUMENTS[b, i] and (j <= i or not causal) for j in range(16)]
+            assert mask[b, 0, i].tolist() == seen
+    expected, found = (route(q, k, v, causal, 0.0, mask) for route in (plain, sdpa))
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [*POSITIONS[:4], ["model.causal=false"]], ids=" ".join)
+def test_one_document_a_row_is_the_same_as_none_given(parts):
+    model = build(model_config(*parts, "model.attention=plain"))
+    tokens = torch.randint(0, 97, (2, 12))
+    assert torch.equal(model(tokens), model(tokens, documents=torch.zeros(2, 12, dtype=torch.int32)))
+
+
+def test_places_start_again_with_each_document():
+    expected = [[*range(5), 0, *range(9), 0], [*range(12), *range(3), 0], [0, 0, *range(7), *range(7)]]
+    assert places_in_documents(DOCUMENTS).tolist() == expected
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS[:2, :12]], ids=["one document", "several documents"])
+def test_activation_checkpointing_changes_nothing(documents):
     cfg = model_config()
     tokens = torch.randint(0, 97, (2, 12))
     gradients = []
     for checkpointing in (False, True):
         model = build(cfg)
         model.trunk.activation_checkpointing = checkpointing
-        cross_entropy_rows(model(tokens), tokens).sum().backward()
+        cross_entropy_rows(model(tokens, documents=documents), tokens).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

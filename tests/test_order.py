@@ -50,10 +50,12 @@ def test_every_window_once_an_epoch(total, shuffle, monkeypatch):
         assert {(s, w) for _, s, w in found} == every
 
 
-def plain_order(counts: list[int], seed: int, epoch: int, block: int) -> list[tuple[int, int]]:
+def plain_order(counts: list[int], seed: int, epoch: int, block: int, group: int = 1) -> list[tuple[int, int]]:
     """One epoch as the design describes it, without vectors: (shard, window) of samples 0, 1, ..."""
-    shards = sorted(range(len(counts)), key=lambda s: int(splitmix64(hash_key(seed, epoch, 1), len(counts))[s]))
-    line = [(s, w) for s in shards for w in range(counts[s])]
+    groups = [range(s, min(s + group, len(counts))) for s in range(0, len(counts), group)]
+    hashes = splitmix64(hash_key(seed, epoch, 1), len(groups)).tolist()
+    permuted = sorted(range(len(groups)), key=lambda g: hashes[g])
+    line = [(s, w) for g in permuted for s in groups[g] for w in range(counts[s])]
     count = max(1, min(LANES, len(line) // block))
     lanes, start = [], 0
     for lane in range(count):
@@ -77,6 +79,17 @@ def test_matches_a_plain_reading_of_the_design(total, monkeypatch):
     for epoch in (0, 3):
         found = triples(order.locate(np.arange(epoch * total, (epoch + 1) * total)))
         assert [(s, w) for _, s, w in found] == plain_order(counts.tolist(), 11, epoch, block=10)
+
+
+@pytest.mark.parametrize("shards, most, group", [(10, 4, 3), (12, 4, 3), (13, 4, 4), (9, 1, 9)])
+def test_very_many_shards_are_permuted_in_groups(shards, most, group, monkeypatch):
+    monkeypatch.setattr(order_module, "BLOCK", 10)
+    monkeypatch.setattr(order_module, "GROUPS", most)
+    counts = windows(1003, shards - 1)
+    order = Order(counts, seed=11)
+    for epoch in (0, 3):
+        found = triples(order.locate(np.arange(epoch * 1003, (epoch + 1) * 1003)))
+        assert [(s, w) for _, s, w in found] == plain_order(counts.tolist(), 11, epoch, 10, group)
 
 
 def test_any_way_of_asking_gives_the_same_places():

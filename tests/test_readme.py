@@ -62,9 +62,10 @@ def test_the_map_names_what_is_there():
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_to_write_python(clone, environment):
+def test_the_quickstart_learns_to_write_python(tmp_path, environment):
     """Both ends of the promise: fewer bits than gzip, within 8 minutes' work, and a second start finds it all done."""
     env = {key: value for key, value in environment.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    clone = copy_checkout(tmp_path)
     run = subprocess.run(["launch/quickstart.sh"], cwd=clone, env=env, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout + run.stderr
     folder = clone / "runs" / "quickstart"

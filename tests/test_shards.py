@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pretrain.data import shards as shards_module
-from pretrain.data.manifest import CONTINUES
 from pretrain.data.shards import ShardReader
+from pretrain.data.sidecar import CONTINUES
 from pretrain.data.writer import DatasetWriter, token_dtype
 from tests.data_helpers import random_documents, write_dataset
 
@@ -171,7 +171,8 @@ def test_a_shard_cut_while_in_use_is_seen(dataset):
 
 def test_ids_beyond_the_vocabulary_are_seen(tmp_path):
     dataset = write_dataset(tmp_path / "data", [np.array([1, 5, 6, 2])] * 20 + [np.array([1, 77, 6, 2])], vocab_size=77)
-    with pytest.raises(ValueError, match="00000000.tar is damaged in chunk 00000000: token id 77 is not below the vocabulary size 77"):
+    message = "00000000.tar is damaged in chunk 00000000: token id 77 is not below the vocabulary size 77"
+    with pytest.raises(ValueError, match=message):
         ShardReader(dataset).read(np.zeros(21, dtype=int), np.arange(21), 4)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.documents import is_held_out
 from pretrain.data.tokenizer import SPECIAL_PIECES, Tokenizer, train
+from pretrain.prepare.documents import is_held_out
 from tests.data_helpers import python_like_text
 from tools import train_tokenizer
 

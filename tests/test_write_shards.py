@@ -13,9 +13,10 @@ import pytest
 import zstandard
 
 from pretrain.data import manifest as manifests
-from pretrain.data.documents import Counts, find_files, is_held_out, read_documents
-from pretrain.data.stream import Stream
 from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.writer import DatasetWriter
+from pretrain.prepare import encode
+from pretrain.prepare.documents import Counts, find_files, is_held_out, read_documents
 from tests.data_helpers import python_like_text
 from tools import write_shards
 
@@ -84,22 +85,41 @@ def test_every_document_arrives_in_order(folder, tokenizer, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"out: 40 documents, {manifest.text_bytes / 1e6:,.1f} MB of text, {manifest.tokens:,} tokens" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
-    rows = Stream(manifest, 50, 1, 4, 0, 1, shuffle=False).rows(np.arange(2))
-    assert rows.tokens[0, :-1].tolist() == [t for tokens in found for t in tokens][:50]
 
 
 def test_the_same_bytes_every_time(folder, tokenizer, tmp_path, monkeypatch):
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--chunk-tokens", 500, "--shard-mb", 0.003]
     tool(*argv, "--output", tmp_path / "a", "--threads", 1)
-    tool(*argv, "--output", tmp_path / "b", "--threads", 2)
-    monkeypatch.setattr(write_shards, "BATCH_CHARS", 2000)
+    tool(*argv, "--output", tmp_path / "b", "--threads", 3)
+    monkeypatch.setattr(encode, "BATCH_CHARS", 2000)
     tool(*argv, "--output", tmp_path / "c")
-    names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert len([name for name in names if name.endswith(".tar")]) > 3
-    for other in ("b", "c"):
-        assert sorted(p.name for p in (tmp_path / other).iterdir()) == names
-        for name in names:
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / other / name).read_bytes(), name
+    monkeypatch.undo()
+    tool(*argv, "--output", tmp_path / "d", "--workers", 2)
+    tool(*argv, "--output", tmp_path / "e", "--workers", 4)
+    expected = contents(tmp_path / "a")
+    assert len([name for name in expected if name.endswith(".tar")]) > 5
+    for other in "bcde":
+        assert contents(tmp_path / other) == expected, other
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_part_is_what_one_writer_writes(folder, tokenizer, tmp_path):
+    """The shards of a small input are those of DatasetWriter, bit for bit."""
+    tool("--input", folder, "--tokenizer", tokenizer.path, "--output", tmp_path / "out", "--chunk-tokens", 500)
+    manifest = manifests.load(tmp_path / "out")
+    (tmp_path / "plain").mkdir()
+    writer = DatasetWriter(tmp_path / "plain", "<u2", 500, 1 << 20)
+    for document in documents(manifest):
+        writer.add(np.array(document), len(tokenizer.decode(document[1:-1]).encode()))
+    writer.finish(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
+    for name, data in contents(tmp_path / "plain").items():
+        assert (tmp_path / "out" / name).read_bytes() == data, name
+    assert sorted(contents(tmp_path / "out")) == [
+        "00000000.idx.npy", "00000000.tar", "index.json", "inputs.json", "tokenizer.model",
+    ]  # fmt: skip
 
 
 def test_the_split_is_by_text(folder, tokenizer, tmp_path):
@@ -112,7 +132,7 @@ def test_the_split_is_by_text(folder, tokenizer, tmp_path):
     in_train, in_val = (set(map(tuple, documents(m))) for m in (train_set, val_set))
     assert not in_train & in_val and len(in_train | in_val) == 40
     assert train_set.docs + val_set.docs == 60 and 4 <= len(in_val) <= 20
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["inputs.json", "train", "val"]
     with pytest.raises(ValueError, match="holds a finished data set: delete it"):
         tool(*argv, "--output", tmp_path / "out")
 
@@ -124,11 +144,11 @@ def test_the_split_is_pinned():
 
 
 def test_long_documents_are_tokenized_in_pieces(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(write_shards, "PIECE_CHARS", 300)
+    monkeypatch.setattr(encode, "PIECE_CHARS", 300)
     text = python_like_text(200) + "x" * 1000 + "\n\ntail"
-    parts = write_shards.cut(text)
+    parts = encode.cut(text)
     assert "".join(parts) == text and max(map(len, parts)) <= 300 and len(parts) > 10
-    assert [write_shards.cut(t) for t in ("", "short")] == [[""], ["short"]]
+    assert [encode.cut(t) for t in ("", "short")] == [[""], ["short"]]
     (tmp_path / "long.txt").write_text(text)
     tool("--input", tmp_path / "long.txt", "--tokenizer", tokenizer.path, "--output", tmp_path / "out")
     (tokens,) = documents(manifests.load(tmp_path / "out"))
@@ -233,14 +253,16 @@ def environment() -> dict:
 
 
 def start_slow(folder, tokenizer, output) -> subprocess.Popen:
-    """The tool as a process that stops to wait after its third batch."""
+    """The tool as a process that stops to wait in the middle of its third part."""
     program = (
-        "import sys, time; from tools import write_shards as w\n"
-        "w.BATCH_CHARS = 2000; real = w.write; count = 0\n"
-        "def write(*a):\n"
-        "    global count; count += 1; real(*a)\n"
-        "    if count == 6: print('waiting', flush=True); time.sleep(60)\n"
-        "w.write = write; w.run_tool(lambda: w.main(sys.argv[1:]))"
+        "import sys, time; from tools import write_shards as w; from pretrain.prepare import parts\n"
+        "real = parts.encode; count = 0\n"
+        "def encode(*a):\n"
+        "    global count\n"
+        "    for item in real(*a):\n"
+        "        yield item; count += 1\n"
+        "        if count == 33: print('waiting', flush=True); time.sleep(60)\n"
+        "parts.encode = encode; w.run_tool(lambda: w.main(sys.argv[1:]))"
     )
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--output", output, "--shard-mb", "0.003"]
     process = subprocess.Popen(
@@ -252,35 +274,37 @@ def start_slow(folder, tokenizer, output) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_leaves_nothing_that_looks_finished(folder, tokenizer, tmp_path, signal_number):
+def test_an_interrupted_run_goes_on_from_its_finished_parts(folder, tokenizer, tmp_path, capsys, signal_number):
     output = tmp_path / "out"
     process = start_slow(folder, tokenizer, output)
-    partial = tmp_path / ".out.write_shards-partial"
-    assert list(partial.glob("*.tar")) and not list(partial.glob("index.json"))
+    parts = tmp_path / ".out.write_shards-partial" / "parts"
+    finished = {path: path.stat() for path in sorted(parts.glob("?????/*.tar"))}
+    assert {path.parent.name for path in finished} == {"00000", "00001", "00002"} and list(parts.glob("00003.*"))
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--shard-mb", 0.003, "--chunk-tokens", 500]
     with pytest.raises(ValueError, match="another write_shards.py is writing"):
         tool(*argv, "--output", output)
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal_number)
-    assert "Traceback" not in errors
-    assert not output.exists()
-    assert partial.exists() == (signal_number != signal.SIGINT)
-    if partial.exists():
-        (partial / "left.tar").write_text("of a longer run")
+    assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
+    assert "Traceback" not in errors and not output.exists()
+    assert ("3 finished parts stay in" in errors) == (signal_number != signal.SIGKILL)
+    assert bool(list(parts.glob("00003.*"))) == (signal_number == signal.SIGKILL)
 
     tool(*argv, "--output", output)
+    count = len(json.loads((output / "inputs.json").read_text())["inputs"])
+    assert count > 20 and "going on: 3 of " in capsys.readouterr().out
     tool(*argv, "--output", tmp_path / "calm")
-    assert not partial.exists()
-    for path in sorted((tmp_path / "calm").iterdir()):
-        assert path.read_bytes() == (output / path.name).read_bytes()
-    assert len(list(output.iterdir())) == len(list((tmp_path / "calm").iterdir()))
+    assert contents(output) == contents(tmp_path / "calm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "in", "out"]
+    for number, before in enumerate(finished.values()):  # moved, not written again
+        now = (output / f"{number:08d}.tar").stat()
+        assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_memory_is_flat_in_the_size_of_the_corpus(tokenizer, tmp_path):
     """Ten times the documents (1 and 13 MB of text), the same peak memory within 6 MB."""
     program = (
-        "import resource, sys; from tools import write_shards as w; w.BATCH_CHARS = 500_000; w.main(sys.argv[1:])\n"
+        "import resource, sys; from tools import write_shards as w; w.main(sys.argv[1:])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     peaks = []
@@ -289,7 +313,8 @@ def test_memory_is_flat_in_the_size_of_the_corpus(tokenizer, tmp_path):
         with open(tmp_path / f"{name}.jsonl", "w") as file:
             for i in range(count * 60):
                 file.write(json.dumps({"text": f"# {i}\n{body}"}) + "\n")
-        argv = ["--input", tmp_path / f"{name}.jsonl", "--tokenizer", tokenizer.path, "--output", tmp_path / name]
+        argv = ["--input", tmp_path / f"{name}.jsonl", "--tokenizer", tokenizer.path, "--output", tmp_path / name,
+                "--threads", 1, "--shard-mb", 0.5]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, argv)],
             env=environment(), timeout=60, capture_output=True, text=True, check=True,
@@ -312,5 +337,6 @@ def test_a_full_disk(folder, tokenizer, tmp_path):
         env=environment(), timeout=60, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"no room for {tmp_path / 'out'} (File too large): free some space" in done.stderr
+    wanted = f"no room for {tmp_path / 'out'} (File too large): about 1 MB more are needed; nothing is kept"
+    assert wanted in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]

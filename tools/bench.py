@@ -1,20 +1,39 @@
-"""python tools/bench.py [loss] [attention] [step]
+"""python tools/bench.py [loss] [attention] [step] [data] [seek] [tokenize] [memory]
 
 Measures one thing against another in one run, alternately, and prints the ratio of their medians. The machine's speed
-varies; ratios taken together do not.
+varies; ratios taken together do not. `data` compares with litdata and MosaicML Streaming where they are installed
+(pip install litdata mosaicml-streaming).
 """
 
 import argparse
+import contextlib
 import functools
+import importlib.util
+import itertools
+import multiprocessing
+import shutil
 import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from pretrain import compose, dist, engine, hardware
 from pretrain.cli import run_tool
+from pretrain.data import manifest as manifests
+from pretrain.data.mixture import Phase
+from pretrain.data.objectives import causal_lm
+from pretrain.data.stream import Stream
+from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.writer import DatasetWriter
 from pretrain.model.attention import plain, sdpa
 from pretrain.model.heads import LanguageModel
 from pretrain.model.losses import cross_entropy_rows
@@ -34,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         BENCHES[name](dtype, precision)
 
 
-def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object], names: tuple[str, str]) -> None:
-    """Run both in turn, once to warm up and then `ROUNDS` times."""
+def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object], names: tuple[str, str]) -> float:
+    """Run both in turn, once to warm up and then `ROUNDS` times; returns the seconds of the first."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for round_number in range(ROUNDS + 1):
         for run, kept in zip((ours, theirs), seconds, strict=True):
@@ -44,7 +63,8 @@ def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object]
             if round_number:
                 kept.append(time.perf_counter() - start)
     mine, other = (statistics.median(values) for values in seconds)
-    print(f"{title}: {names[0]} {1e3 * mine:.1f} ms, {names[1]} {1e3 * other:.1f} ms, ratio {mine / other:.2f}")
+    print(f"{title}: {names[0]} {1e3 * mine:.1f} ms, {names[1]} {1e3 * other:.1f} ms, ratio {mine / other:.4f}")
+    return mine
 
 
 def bench_loss(dtype: torch.dtype, precision: str) -> None:
@@ -98,11 +118,231 @@ def bench_step(dtype: torch.dtype, precision: str) -> None:
             loss_rows(bare, inputs, labels).sum().backward()
 
     targets = tokens.numel() * accumulation
-    compare(f"step of {targets} tokens ({precision})", lambda: trainer.step(parts, targets, 1e-4),
+    step_seconds = compare(f"step of {targets} tokens ({precision})", lambda: trainer.step(parts, targets, 1e-4),
             forward_and_backward, ("engine", "bare model"))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        random_tokens = np.random.default_rng(0).integers(7, 24576, 1 << 20, dtype=np.uint16)
+        batches = open_stream(Path(folder) / "data", random_tokens, cfg.train.seq_len, micro * accumulation).batches(0)
+        seconds = statistics.median(seconds_of(lambda: causal_lm(next(batches))) for _ in range(200))
+        batches.close()
+    print(f"the stream's batch for it: stream {1e3 * seconds:.3f} ms, step {1e3 * step_seconds:.1f} ms, ratio "
+          f"{seconds / step_seconds:.6f}")  # fmt: skip
 
 
-BENCHES = {"loss": bench_loss, "attention": bench_attention, "step": bench_step}
+def bench_data(dtype: torch.dtype, precision: str) -> None:
+    """Shuffled windows of 1,024 tokens into batches, in CPU time of all threads, against other formats and readers.
+
+    Each reader lives in a process of its own, so that the threads of one do not count for another.
+    """
+    readers = {name: module for name, (module, _) in DATA_READERS.items() if importlib.util.find_spec(module)}
+    print("".join(f"data: {name} is not installed\n" for name in DATA_READERS.keys() - readers.keys()), end="")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        pools = {
+            name: stack.enter_context(ProcessPoolExecutor(1, spawn, open_reader, (name, f"{folder}/{number}")))
+            for number, name in enumerate(readers)
+        }
+        for pool in pools.values():
+            pool.submit(read_batches).result()
+        rounds = [{name: pool.submit(read_batches).result() for name, pool in pools.items()} for _ in range(ROUNDS)]
+        for name in readers:
+            speed = statistics.median(found[name] for found in rounds)
+            ratio = statistics.median(found["pretrain"] / found[name] for found in rounds)
+            print(f"data: {name} {speed / 1e6:.1f}M tokens a CPU-second, ratio {ratio:.2f}")
+
+
+def open_reader(name: str, folder: str) -> None:
+    """In a process of its own: write the data and open one reader of it."""
+    global reader
+    tokens = np.random.default_rng(0).integers(7, 50_000, DATA_TOKENS, dtype=np.uint16)
+    reader = DATA_READERS[name][1](Path(folder), tokens)
+
+
+def read_batches() -> float:
+    """Tokens a CPU-second of the reader of this process."""
+    start = time.process_time()
+    for batch in itertools.islice(reader, DATA_BATCHES):
+        assert batch.shape == (DATA_ROWS, DATA_WIDTH) and batch.dtype == np.int64
+    return DATA_BATCHES * DATA_ROWS * (DATA_WIDTH - 1) / (time.process_time() - start)
+
+
+def batches_of(samples: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Batches out of single windows, epoch after epoch, as a trainer makes them."""
+    while True:
+        windows = iter(samples())
+        while len(batch := list(itertools.islice(windows, DATA_ROWS))) == DATA_ROWS:
+            yield np.stack(batch).astype(np.int64)
+
+
+def ours(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Our shards through the stream and its background thread."""
+    stream = open_stream(folder, tokens, DATA_WIDTH - 1, DATA_ROWS)
+    return (rows.tokens.astype(np.int64) for rows in stream.batches(0))
+
+
+def open_stream(folder: Path, tokens: np.ndarray, seq_len: int, batch_size: int) -> Stream:
+    """The stream of a data set of these tokens, in four shards."""
+    folder.mkdir()
+    writer = DatasetWriter(folder, "<u2", 262_144, len(tokens) // 4)
+    for document in np.array_split(tokens, 4 * 64):
+        writer.add(document, text_bytes=1)
+    writer.finish("0" * 64, 50_000, {})
+    return Stream([manifests.load(folder)], [Phase(0, seq_len, batch_size, (1.0,))], seed=0)
+
+
+def flat_memmap(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """One flat file mapped into memory, and a permutation of its windows (nanoGPT, Megatron)."""
+    tokens.tofile(folder)
+    mapped, width = np.memmap(folder, np.uint16, "r"), DATA_WIDTH - 1
+    places = np.random.default_rng(0).permutation(len(tokens) // width - 1) * width
+    return batches_of(lambda: (mapped[place : place + width + 1] for place in places.tolist()))
+
+
+def stock_webdataset(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Stock webdataset, one window a member, with its shuffle buffer."""
+    import webdataset
+
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=4096, verbose=0) as sink:
+        for number, window in enumerate(windows_of(tokens)):
+            sink.write({"__key__": f"{number:08d}", "tokens.npy": window})
+    shards = sorted(map(str, folder.glob("*.tar")))
+    source = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(1000).decode()
+    return batches_of(lambda: (sample["tokens.npy"] for sample in source))
+
+
+def litdata(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """litdata's optimized token chunks."""
+    from litdata import StreamingDataset, TokensLoader
+    from litdata.streaming import Cache
+
+    loader = TokensLoader(block_size=DATA_WIDTH)
+    cache = Cache(str(folder), chunk_size=DATA_WIDTH * 8192, item_loader=loader)
+    for number, window in enumerate(windows_of(tokens)):
+        cache[number] = torch.from_numpy(window.astype(np.int32))
+    cache.done()
+    cache.merge()
+    source = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=DATA_WIDTH), shuffle=True)
+    return batches_of(lambda: (sample.numpy() for sample in source))
+
+
+def mosaicml_streaming(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """MosaicML Streaming's MDS shards."""
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{DATA_WIDTH}"}) as sink:
+        for window in windows_of(tokens):
+            sink.write({"tokens": window})
+    source = StreamingDataset(local=str(folder), shuffle=True, batch_size=DATA_ROWS)
+    return batches_of(lambda: (sample["tokens"] for sample in source))
+
+
+def windows_of(tokens: np.ndarray) -> np.ndarray:
+    """The tokens cut into samples of one window each."""
+    return tokens[: len(tokens) // DATA_WIDTH * DATA_WIDTH].reshape(-1, DATA_WIDTH)
+
+
+def bench_seek(dtype: torch.dtype, precision: str) -> None:
+    """The middle of an epoch of 100 billion samples, found in a process of its own: the time and memory it takes."""
+    program = (
+        "import time, numpy as np; from pretrain.data.order import Order\n"
+        "windows = np.full(1_525_879, 65_536); place = windows.sum() // 2 + np.arange(512)\n"
+        "start = time.perf_counter(); Order(windows, seed=1).locate(place); seconds = time.perf_counter() - start\n"
+        "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        "memory = int(status['VmHWM'].split()[0]) / 1024\n"
+        "print(f'seek: sample {place[0]:,} of {windows.sum():,} in {seconds:.3f} s, process {memory:.0f} MiB')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+
+
+def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
+    """tools/write_shards.py on the standard library's text, all of its work included, against bare SentencePiece."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = copy_stdlib(folder, copies=8)
+        tokenizer = train_tokenizer(folder / "tokenizer.model", texts)
+        runs = {
+            "bare SentencePiece, 1 thread": lambda: tokenizer.encode_batch(texts, num_threads=1),
+            "bare SentencePiece, 2 threads": lambda: tokenizer.encode_batch(texts, num_threads=2),
+            "write_shards --threads 1": lambda: write_shards(folder, "--threads", "1"),
+            "write_shards --threads 2": lambda: write_shards(folder, "--threads", "2"),
+            "write_shards --workers 2": lambda: write_shards(folder, "--workers", "2", "--threads", "1"),
+        }
+        rounds = [{name: seconds_of(run) for name, run in runs.items()} for _ in range(3)]
+        size = sum(len(text.encode()) for text in texts) / 1e6
+        for name in runs:
+            seconds, ratio = (statistics.median(found) for found in zip(*(
+                (found[name], found["write_shards --threads 1"] / found[name]) for found in rounds), strict=True))
+            print(f"tokenize: {name} {size / seconds:.2f} MB/s, ratio {ratio:.4f}")
+
+
+def copy_stdlib(folder: Path, copies: int) -> list[str]:
+    """The standard library's modules in folder/text, some times over, each time in another folder; their texts."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
+    texts = [file.read_text(errors="replace") for file in files if "site-packages" not in file.parts]
+    for copy in range(copies):
+        (folder / "text" / str(copy)).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (folder / "text" / str(copy) / f"{number:05d}.py").write_text(text)
+    return texts * copies
+
+
+def train_tokenizer(path: Path, texts: list[str]) -> Tokenizer:
+    path.write_bytes(train(texts[:200], 8192))
+    return Tokenizer(path)
+
+
+def write_shards(folder: Path, *options: str) -> float:
+    """Run the tool on folder/text, in parts of about 16 MiB; the most memory its process took, in MiB."""
+    shutil.rmtree(folder / "shards", ignore_errors=True)
+    line = ["--input", str(folder / "text"), "--tokenizer", str(folder / "tokenizer.model"), "--shard-mb", "8",
+            "--output", str(folder / "shards"), *options]  # fmt: skip
+    return peak_memory(f"from tools.write_shards import main; main({line})")
+
+
+def peak_memory(program: str) -> float:
+    """Run a program in a process of its own; the most memory it took, in MiB."""
+    program += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=root)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def bench_memory(dtype: torch.dtype, precision: str) -> None:
+    """The most memory that writing and reading take, of some data and of ten times as much."""
+    read_epoch = (
+        "import sys; from pretrain.data import manifest, mixture; from pretrain.data.stream import Stream\n"
+        "stream = Stream([manifest.load(sys.argv[1])], [mixture.Phase(0, 1024, 32, (1.0,))], 0)\n"
+        "batches = stream.batches(0)\n"
+        "for _ in range(stream.epoch_samples // 32): next(batches)"
+    )
+    found: dict[str, list[float]] = {"writer": [], "reader": []}
+    for copies in (1, 10):
+        with tempfile.TemporaryDirectory() as name:
+            texts = copy_stdlib(Path(name), copies)
+            train_tokenizer(Path(name) / "tokenizer.model", texts)
+            found["writer"].append(write_shards(Path(name), "--threads", "2"))
+            found["reader"].append(peak_memory(f"import sys; sys.argv[1:] = ['{name}/shards']\n{read_epoch}"))
+    for what, (once, ten_times) in found.items():
+        print(f"memory: {what} {once:.0f} MiB, of ten times the data {ten_times:.0f} MiB, ratio {ten_times / once:.4f}")
+
+
+DATA_TOKENS, DATA_ROWS, DATA_WIDTH, DATA_BATCHES = 32 << 20, 32, 1025, 64
+DATA_READERS = {  # name -> (the module it needs, how it is written and opened)
+    "pretrain": ("pretrain", ours), "flat memmap": ("numpy", flat_memmap),
+    "webdataset": ("webdataset", stock_webdataset), "litdata": ("litdata", litdata),
+    "MosaicML Streaming": ("streaming", mosaicml_streaming),
+}  # fmt: skip
+BENCHES = {
+    "loss": bench_loss, "attention": bench_attention, "step": bench_step, "data": bench_data, "seek": bench_seek,
+    "tokenize": bench_tokenize, "memory": bench_memory,
+}  # fmt: skip
 
 if __name__ == "__main__":
     run_tool(main)

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain import checkpoint, compose, dist, hardware
 from pretrain.cli import run_tool
-from pretrain.data import manifest as manifests
+from pretrain.data import opening
 from pretrain.data.objectives import OBJECTIVES
 from pretrain.data.stream import Stream
 from pretrain.data.tokenizer import Tokenizer
@@ -38,26 +39,21 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.data or cfg.data.val):
         raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    held_out = open_stream(args.data or cfg.data.val, "val", tokenizer, cfg.train.seq_len)
-    training = open_stream(cfg.data.train, "train", tokenizer, cfg.train.seq_len)
+    where = (cfg.data, cfg.train.seq_len, tokenizer)
+    held_out = opening.open_held_out(args.data or cfg.data.val, *where)
+    training = [opening.open_held_out(source, *where, "train") for source in cfg.data.sources]
 
     result = {"step": checkpoint.read_header(checkpoint.newest(args.run)).step}
     result |= evaluate_model(args.run, held_out, tokenizer, OBJECTIVES[cfg.objective.name], args.precision)
-    ids = tokens_of(held_out)
+    ids = np.concatenate(list(parts(held_out)))
     text = tokenizer.decode(ids.tolist()).encode()
     result |= {"text_bytes": len(text), "windows": held_out.epoch_samples}
-    result["unigram_bits_per_byte"] = unigram_bits(tokens_of(training), ids, tokenizer.vocab_size) / len(text)
+    counts = sum(np.bincount(tokens, minlength=tokenizer.vocab_size) for stream in training for tokens in parts(stream))
+    result["unigram_bits_per_byte"] = unigram_bits(counts, ids) / len(text)
     result["gzip_bits_per_byte"] = 8 * len(gzip.compress(text, 9)) / len(text)
     result["xz_bits_per_byte"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result, folder)
-
-
-def open_stream(path: str, split: str, tokenizer: Tokenizer, seq_len: int) -> Stream:
-    """The windows of a folder of shards, in their natural order."""
-    manifest = manifests.open_split(path, split)
-    manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
-    return Stream(manifest, seq_len, 0, 1, 0, 1, shuffle=False)
 
 
 def evaluate_model(run: Path, held_out: Stream, tokenizer: Tokenizer, objective, precision: str) -> dict[str, float]:
@@ -68,23 +64,23 @@ def evaluate_model(run: Path, held_out: Stream, tokenizer: Tokenizer, objective,
     validation = Validation(held_out, objective, 0, 16, tokenizer.byte_lengths())
     with tqdm(total=held_out.epoch_samples, desc="evaluating", unit=" windows") as bar, torch.no_grad():
 
-        def evaluate_rows(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def evaluate_rows(inputs: torch.Tensor, labels: torch.Tensor, documents=None) -> torch.Tensor:
             bar.update(len(inputs))
-            return cross_entropy_rows(model(inputs), labels).double().cpu()
+            return cross_entropy_rows(model(inputs, documents=documents), labels).double().cpu()
 
         return validation.run(evaluate_rows, dist.ALONE, device)
 
 
-def tokens_of(stream: Stream) -> np.ndarray:
-    """Every token of a stream's windows, in order."""
-    starts = range(0, stream.epoch_samples, READ_AT_ONCE)
-    parts = [np.arange(start, min(start + READ_AT_ONCE, stream.epoch_samples)) for start in starts]
-    return np.concatenate([stream.rows(part).tokens[:, :-1].ravel() for part in parts])
+def parts(stream: Stream) -> Iterator[np.ndarray]:
+    """Every token of a stream's windows, in order, some windows at a time."""
+    for start in range(0, stream.epoch_samples, READ_AT_ONCE):
+        numbers = np.arange(start, min(start + READ_AT_ONCE, stream.epoch_samples))
+        yield stream.rows(numbers).tokens[:, :-1].ravel()
 
 
-def unigram_bits(training: np.ndarray, ids: np.ndarray, vocab_size: int) -> float:
-    """Bits of `ids` under the training tokens' frequencies, one added to each count (Laplace)."""
-    counts = np.bincount(training, minlength=vocab_size) + 1.0
+def unigram_bits(counts: np.ndarray, ids: np.ndarray) -> float:
+    """Bits of `ids` under the training tokens' `counts` [vocab], one added to each (Laplace)."""
+    counts = counts + 1.0
     return float(-np.log2(counts / counts.sum())[ids].sum())
 
 

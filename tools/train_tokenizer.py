@@ -1,8 +1,8 @@
 """python tools/train_tokenizer.py --input PATH... --vocab-size 8192 --output tokenizer.model
 
-Trains a SentencePiece BPE tokenizer on text files, JSONL, or folders of them (also .gz, .zst). It keeps every character
-(byte fallback, no normalisation), so decode(encode(x)) == x on any text without a literal U+2581. The same input gives
-the same file.
+Trains a SentencePiece BPE tokenizer on text, JSONL (also .gz, .zst), Parquet, WebDataset tars, or folders of them. It
+keeps every character (byte fallback, no normalisation), so decode(encode(x)) == x on any text without a literal U+2581.
+The same input gives the same file.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
 from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import Tokenizer, train
 from pretrain.files import write_atomically
+from pretrain.prepare.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
 
 PIECE_CHARS = 1000  # the text is sampled and trained on in runs of lines of about this length
 COMPRESSION = 4  # a guess at what .gz and .zst save, to choose how much to sample
@@ -46,10 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train a SentencePiece BPE tokenizer that keeps every character.",
         epilog="example: python tools/train_tokenizer.py --input my_texts/ --vocab-size 8192 --output tokenizer.model",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="text or JSONL files, or folders")
+    what = "text, JSONL, Parquet, tar files, or folders of them"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=what)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, with 263 special and bytes")
     parser.add_argument("--output", required=True, metavar="FILE", help="the tokenizer to write")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field of a JSONL line (default: text)")
+    key = "field of a JSON object or Parquet column (default: text)"
+    parser.add_argument("--text-key", default="text", metavar="KEY", help=key)
     parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="files of folders to take")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="files and subfolders to leave out")
     parser.add_argument("--max-mb", type=float, default=20, metavar="MB", help="train on a sample of this size (20)")

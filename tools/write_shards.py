@@ -1,216 +1,286 @@
 """python tools/write_shards.py --input PATH... --tokenizer tokenizer.model --output DIR [--val-fraction 0.01]
 
-Tokenizes text files, JSONL, or folders of them (also .gz, .zst) into WebDataset tar shards (format 1: see
-pretrain/data/manifest.py). With --val-fraction, DIR/train and DIR/val: a document belongs to one of them by the hash of
-its text, so copies of a text never lie on both sides. The same input gives the same bytes.
+Tokenizes text, JSONL (also .gz, .zst), Parquet, WebDataset tars, or folders of them into WebDataset tar shards (format
+1: see pretrain/data/manifest.py). With --val-fraction, DIR/train and DIR/val: a document belongs to one of them by the
+hash of its text, so copies of a text never lie on both sides. DIR/inputs.json tells what went in and what became of
+it.
 
-Everything is written in a hidden folder beside DIR, which gets its name when all is complete: an interrupted run leaves
-no DIR, and running it again starts over.
+The same input and options give the same bytes, with any number of --workers, on this machine or on a cluster. The work
+is done in parts, in a hidden folder beside DIR: whatever ends a run, the same command goes on from the finished parts.
+DIR appears when all is complete.
 """
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import os
-import shutil
+import secrets
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.documents import Counts, InputFile, find_files, is_held_out, read_documents
-from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest
+from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.writer import DatasetWriter, token_dtype
-from pretrain.files import sync_folder, write_atomically
+from pretrain.data.writer import token_dtype
+from pretrain.prepare import duplicates, staging
+from pretrain.prepare.documents import Counts, find_files
+from pretrain.prepare.filters import FilterSettings, Report
+from pretrain.prepare.parts import PROGRESS_NAME, load_filters, sign_part, write_part
+from pretrain.prepare.plan import DEDUP, PARTS, SIGNED, Plan, Settings, make_plan
+from pretrain.prepare.workers import CLUSTERS, Executor
 
-BATCH_CHARS = 4_000_000  # text that is tokenized together; bounds the memory
-PIECE_CHARS = 500_000  # longer documents are tokenized in pieces, cut after a line where there is one
+CLUSTER_THREADS = 2
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     start = time.monotonic()
+    output = Path(args.output).resolve()
     tokenizer = Tokenizer(args.tokenizer)
     files = find_files(args.input, args.include, args.exclude)
-    counts = Counts()
-    with staging(Path(args.output).resolve()) as folder:
-        names = ("train", "val") if args.val_fraction else (".",)
-        writers = [make_writer(folder / name, tokenizer, args) for name in names]
+    settings = make_settings(args, tokenizer)
+    for line in load_filters(settings.filters).notes():
+        print(line)
+    run = secrets.token_hex(4)
+    with sigterm_as_ctrl_c(), staging.staging_folder(output, run) as folder:
+        plan = make_plan(folder, run, files, tokenizer, settings)
         try:
-            tokenize(files, tokenizer, writers, counts, args)
-            check_split(writers, counts, args)
-            manifests = [finish(writer, folder / name, tokenizer) for name, writer in zip(names, writers, strict=True)]
+            staging.add_tokenizer(folder, tokenizer)
+            if settings.dedup != "none":
+                work(plan, SIGNED, sign_part, "looking for duplicates", args)
+                duplicates.decide(plan)
+            work(plan, PARTS, write_part, "tokenizing", args)
+            result = staging.assemble(plan, tokenizer, output)
+        except OSError as error:
+            if error.errno in staging.NO_ROOM:
+                raise staging.no_room(plan, error, output) from None
+            raise
         finally:
-            for writer in writers:
-                writer.abandon()
-    report(args.output, names, manifests, counts, time.monotonic() - start)
+            tell_what_stays(folder)
+    print_summary(args.output, *result, time.monotonic() - start)
+
+
+def tell_what_stays(folder: Path) -> None:
+    """After an interruption or an error."""
+    if sys.exc_info()[0] and (done := staging.finished(folder)):
+        print(f"{done} finished parts stay in {folder}: the same command goes on from them", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A polite signal ends the workers too, like Ctrl-C."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Tokenize text into WebDataset shards.",
+        description="Tokenize text into WebDataset shards: the same bytes with any number of workers, restartable.",
         epilog="example: python tools/write_shards.py --input my_texts/ --tokenizer tokenizer.model --output shards "
-        "--val-fraction 0.01",
+        "--val-fraction 0.01 --workers 8 --dedup near --scrub-pii",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="text or JSONL files, or folders")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="from tools/train_tokenizer.py")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to make; must not exist")
-    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="share of documents for DIR/val")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field of a JSONL line (default: text)")
-    parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="files of folders to take")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="files and subfolders to leave out")
-    parser.add_argument("--shard-mb", type=float, default=128, metavar="MB", help="size of a shard in MiB (128)")
-    parser.add_argument("--chunk-tokens", type=int, default=262_144, metavar="N", help="tokens in a chunk (262144)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="text, JSONL, Parquet, tar files, or folders of them")
+    add("--tokenizer", required=True, metavar="FILE", help="from tools/train_tokenizer.py")
+    add("--output", required=True, metavar="DIR", help="the folder to make; must not exist")
+    add("--val-fraction", type=float, default=0.0, metavar="F", help="share of documents for DIR/val")
+    add = parser.add_argument_group("what is read").add_argument
+    add("--text-key", default="text", metavar="KEY", help="field of a JSON object or Parquet column (default: text)")
+    add("--include", nargs="+", default=[], metavar="GLOB", help="files of folders to take")
+    add("--exclude", nargs="+", default=[], metavar="GLOB", help="files and subfolders to leave out")
+    add("--strict", action="store_true", help="refuse invalid UTF-8 (default: replace it by U+FFFD, and count)")
+    add_filters(parser)
+    add = parser.add_argument_group("how it is stored").add_argument
+    add("--shard-mb", type=float, default=128, metavar="MB", help="size of a shard in MiB (128; at most 1.5x)")
+    add("--chunk-tokens", type=int, default=262_144, metavar="N", help="tokens in a chunk (262144)")
+    add_workers(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
-    if args.shard_mb <= 0 or args.chunk_tokens < 1 or args.threads < 1:
-        parser.error("--shard-mb, --chunk-tokens and --threads must be positive")
+    for name in ("shard_mb", "chunk_tokens", "threads", "workers", "time_minutes", "ngram"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    if not 0 < args.dedup_threshold <= 1:
+        parser.error("--dedup-threshold must be above 0 and at most 1")
+    if not args.cluster and (args.partition or args.cluster_option):
+        parser.error("--partition and --cluster-option are for --cluster slurm")
     return args
 
 
-@contextlib.contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """A fresh folder beside `output` that becomes `output` at the end, unless something goes wrong."""
-    if any((output / part / INDEX_NAME).exists() for part in (".", "train", "val")):
-        raise ValueError(f"{output} holds a finished data set: delete it, or choose another --output")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder: choose another --output")
-    folder = output.with_name(f".{output.name}.write_shards-partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        lock(handle, output)
-        empty(folder)  # what an earlier run left when it was killed
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what is left out", "counted, with examples, in DIR/report.json: it quotes the input, so keep it private"
+    )
+    add = group.add_argument
+    add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add("--max-chars", type=int, default=0, metavar="N", help="leave out longer documents")
+    add("--scrub-pii", action="store_true", help="replace e-mail addresses, telephone, card numbers and IP addresses")
+    add("--phone-region", metavar="CC", help="country of telephone numbers without +..., such as US (default: none)")
+    add("--decontaminate", nargs="+", default=[], metavar="PATH", help="leave out documents that share an n-gram of "
+        "words with these evaluation texts")  # fmt: skip
+    add("--ngram", type=int, default=13, metavar="N", help="words of these n-grams (13)")
+    add("--dedup", choices=DEDUP, default="none", help="leave out copies: exact ones, or also near ones (MinHash)")
+    add("--dedup-threshold", type=float, default=0.8, metavar="J", help="share of 5-word runs in common (0.8)")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("who does it (never changes a byte)").add_argument
+    add("--workers", type=int, default=1, metavar="N", help="processes, or jobs of the cluster (1)")
+    add("--threads", type=int, metavar="N", help="of each worker (default: the cores divided by the workers; "
+        f"on Slurm {CLUSTER_THREADS})")  # fmt: skip
+    add("--cluster", choices=CLUSTERS, help="slurm: an array of jobs by submitit, DIR on a disk that all nodes share; "
+        "local: the same on this machine, to try it")  # fmt: skip
+    add("--partition", metavar="NAME", help="of Slurm")
+    add("--time-minutes", type=int, default=24 * 60, metavar="N", help="limit of a job (1440); it goes on in another")
+    add("--cluster-option", action="append", default=[], metavar="KEY=VALUE", type=option, help="of submitit for "
+        "Slurm, such as account=NAME, qos=NAME, mem=8GB; may be repeated")  # fmt: skip
+
+
+def option(text: str) -> tuple[str, str | int | float]:
+    """KEY=VALUE, a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not key.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    for kind in (int, float):
         try:
-            yield folder
-            sync_folder(folder)
-            os.rename(folder, output)
-            sync_folder(output.parent)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(
-                    f"no room for {output} ({error.strerror}): free some space, or choose another --output; "
-                    "what was written is removed"
-                ) from None
-            raise
-    finally:
-        os.close(handle)
+            return key, kind(value)
+        except ValueError:
+            pass
+    return key, value
 
 
-def lock(handle: int, output: Path) -> None:
-    """Refuse to write beside another process that writes the same output."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another write_shards.py is writing {output} now: wait for it, or stop it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
-            raise
+def make_settings(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
+    return Settings(
+        text_key=args.text_key,
+        strict=args.strict,
+        val_fraction=args.val_fraction,
+        chunk_tokens=args.chunk_tokens,
+        shard_tokens=max(1, int(args.shard_mb * 2**20) // np.dtype(token_dtype(tokenizer.vocab_size)).itemsize),
+        filters=FilterSettings(
+            min_chars=args.min_chars,
+            max_chars=args.max_chars,
+            scrub_pii=args.scrub_pii,
+            phone_region=args.phone_region,
+            decontaminate=tuple(args.decontaminate),
+            ngram=args.ngram,
+            text_key=args.text_key,
+        ),
+        dedup=args.dedup,
+        dedup_threshold=args.dedup_threshold,
+    )
 
 
-def empty(folder: Path) -> None:
-    """Delete what is in a folder."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def work(plan: Plan, stage: str, function, name: str, args: argparse.Namespace) -> None:
+    """Do a pass over the parts that are not finished."""
+    todo, others = staging.parts_to_do(plan, stage)
+    if others:
+        print(f"{others} parts were finished for other input or with other options: they are made anew", flush=True)
+    if finished := len(plan.parts) - len(todo):
+        print(f"going on: {finished} of {len(plan.parts)} parts were finished before ({name})", flush=True)
+    workers = max(1, min(args.workers, len(todo)))
+    cores = len(os.sched_getaffinity(0))
+    threads = args.threads or (CLUSTER_THREADS if args.cluster == "slurm" else max(1, cores // workers))
+    options = dict(args.cluster_option)
+    executor = Executor(workers, args.cluster, threads, args.partition, args.time_minutes, options)
+    with Bar(plan, stage, todo, name):
+        function = partial(function, plan.with_threads(threads))
+        executor.run(function, todo, plan.describe, plan.staging / f"logs-{stage}")
 
 
-def make_writer(folder: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> DatasetWriter:
-    folder.mkdir(exist_ok=True)
-    dtype = token_dtype(tokenizer.vocab_size)
-    shard_tokens = max(1, int(args.shard_mb * 2**20) // np.dtype(dtype).itemsize)
-    return DatasetWriter(folder, dtype, args.chunk_tokens, shard_tokens)
+class Stderr:
+    """Where the bar is drawn. No error: tqdm would keep its lock when nobody reads the other end of a pipe any more."""
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
-def tokenize(
-    files: list[InputFile],
-    tokenizer: Tokenizer,
-    writers: list[DatasetWriter],
-    counts: Counts,
-    args: argparse.Namespace,
-) -> None:
-    """Read, tokenize and write all documents, batch by batch, in order."""
-    start = time.monotonic()
-    batch: list[str] = []
-    chars = waiting = 0
-    total = sum(file.bytes for file in files)
-    with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, mininterval=0.5) as bar:
+class Bar:
+    """A bar of the bytes of input that are done, read from the folders of the parts: the same for all executors."""
 
-        def write_batch() -> None:
-            write(batch, tokenizer, writers, args)
-            tokens = sum(writer.tokens for writer in writers)
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start) / 1e6:.2f}M tokens/s", refresh=False)
-            bar.update(waiting)
+    def __init__(self, plan: Plan, stage: str, todo: list[int], name: str):
+        self._run, self._folder = plan.run, plan.staging / stage
+        self._todo = {plan.folder(stage, number).name: plan.parts[number].bytes for number in todo}
+        total = sum(part.bytes for part in plan.parts)
+        left = sum(self._todo.values())
+        self._before, self._start = total - left, time.monotonic()
+        self._finished: dict[str, int] = {}  # part -> tokens
+        shown = {"desc": name, "unit": "B", "unit_scale": True, "mininterval": 0.5, "file": Stderr()}
+        self._bar = tqdm(total=total, initial=total - left, **shown)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
 
-        for document in read_documents(files, args.text_key, counts):
-            batch.append(document.text)
-            chars += len(document.text)
-            waiting += document.input_bytes
-            if chars >= BATCH_CHARS:
-                write_batch()
-                batch, chars, waiting = [], 0, 0
-        write_batch()
-        bar.update(total - bar.n)  # empty documents at the end
+    def __enter__(self) -> None:
+        self._thread.start()
 
+    def __exit__(self, kind, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        if kind is None:
+            self._bar.update(self._bar.total - self._bar.n)
+        self._bar.close()
 
-def write(texts: list[str], tokenizer: Tokenizer, writers: list[DatasetWriter], args: argparse.Namespace) -> None:
-    """Tokenize documents and write each as bos + ids + eos to the split it belongs to."""
-    pieces = [cut(text) for text in texts]
-    ids = iter(tokenizer.encode_batch([piece for parts in pieces for piece in parts], args.threads))
-    for text, parts in zip(texts, pieces, strict=True):
-        tokens = np.concatenate(
-            [[tokenizer.bos], *(np.array(next(ids), dtype=np.uint32) for _ in parts), [tokenizer.eos]]
-        )
-        data = text.encode()
-        is_val = len(writers) > 1 and is_held_out(data, args.val_fraction)
-        writers[int(is_val)].add(tokens, len(data))
+    def _poll(self) -> None:
+        while not self._stop.wait(1.0):
+            try:
+                names = set(os.listdir(self._folder))
+            except OSError:  # a network disk has a bad moment
+                continue
+            done = self._before
+            tokens = 0
+            for name, size in self._todo.items():
+                if name in names and name not in self._finished:
+                    self._finished[name] = self._read(name)[1]
+                if name in self._finished:
+                    done += size
+                    tokens += self._finished[name]
+                elif (under_way := f"{name}.{self._run}") in names:
+                    part_bytes, part_tokens = self._read(under_way)
+                    done, tokens = done + part_bytes, tokens + part_tokens
+            if tokens:
+                rate = tokens / (time.monotonic() - self._start) / 1e6
+                self._bar.set_postfix_str(f"{rate:.2f}M tokens/s", refresh=False)
+            self._bar.update(max(0, done - self._bar.n))
 
-
-def cut(text: str) -> list[str]:
-    """A text in pieces of at most PIECE_CHARS."""
-    parts, start = [], 0
-    while len(text) - start > PIECE_CHARS:
-        end = text.rfind("\n", start, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
-def check_split(writers: list[DatasetWriter], counts: Counts, args: argparse.Namespace) -> None:
-    """`ValueError` when there is nothing to learn from, or nothing held out."""
-    if counts.documents == 0:
-        raise ValueError(f"the input holds no text ({counts.empty} empty documents): check --input")
-    if any(writer.docs == 0 for writer in writers):
-        train, val = (writer.docs for writer in writers)
-        raise ValueError(
-            f"--val-fraction {args.val_fraction} of {counts.documents} documents leaves {train} to train on and {val} "
-            "held out: choose another fraction, or give more documents (a text file is one document)"
-        )
+    def _read(self, name: str) -> tuple[int, int]:
+        try:
+            done, tokens = (self._folder / name / PROGRESS_NAME).read_text().split()
+            return int(done), int(tokens)
+        except (OSError, ValueError):  # not yet there, or being written
+            return 0, 0
 
 
-def finish(writer: DatasetWriter, folder: Path, tokenizer: Tokenizer) -> Manifest:
-    """Add the tokenizer, then the index: what has an index is complete."""
-    write_atomically(folder / TOKENIZER_NAME, tokenizer.path.read_bytes())
-    return writer.finish(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
-
-
-def report(output: str, names: tuple[str, ...], manifests: list[Manifest], counts: Counts, seconds: float) -> None:
+def print_summary(output: str, manifests: list[Manifest], counts: Counts, report: Report, seconds: float) -> None:
     """Print what was written."""
     if notes := counts.summary():
         print(f"note: {notes}")
-    for name, manifest in zip(names, manifests, strict=True):
+    for line in report.summary():
+        print(line)
+    for manifest in manifests:
+        name = Path(output) / Path(manifest.location).name if len(manifests) > 1 else Path(output)
         print(
-            f"wrote {Path(output) / name}: {manifest.docs:,} documents, {manifest.text_bytes / 1e6:,.1f} MB of text, "
+            f"wrote {name}: {manifest.docs:,} documents, {manifest.text_bytes / 1e6:,.1f} MB of text, "
             f"{manifest.tokens:,} tokens ({manifest.text_bytes / manifest.tokens:.2f} bytes a token, bos and eos "
             f"included), {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
         )

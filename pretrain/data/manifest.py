@@ -12,7 +12,6 @@ of any shard. index.json is written last: a folder without it is not a data set.
 """
 
 import hashlib
-import io
 import json
 import re
 from dataclasses import asdict, dataclass, fields
@@ -21,21 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.data import sidecar
 from pretrain.data.remote import CacheSettings, Store, open_store
 from pretrain.files import write_atomically
 
 FORMAT = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
-# A chunk is `bytes` bytes of the shard from `offset` on, headers and padding included: the chunks of a shard lie end to
-# end and cover it up to the end of the archive, so `crc32` (of those bytes) leaves no byte unwatched. `tokens_offset` and
-# `docs_offset` are bytes from the start of the shard to the first number (after the .npy header), `tokens` and `docs` count
-# numbers. Flag 1: the first tokens continue the document of the chunk before.
-CHUNK_DTYPE = np.dtype(
-    [("offset", "<i8"), ("bytes", "<i8"), ("crc32", "<u4"), ("flags", "<u4"),
-     ("tokens_offset", "<i8"), ("tokens", "<i8"), ("docs_offset", "<i8"), ("docs", "<i8")]
-)  # fmt: skip
-CONTINUES = 1
+_MOST_BYTES = 1 << 60  # of a shard: sums of positions stay within int64
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,8 @@ class Shard:
 class Manifest:
     """A folder of shards, as index.json describes it. `dtype` is '<u2' or '<u4', `special_ids` name -> id.
 
-    `full_chunks`: every chunk but the last of a shard holds `chunk_tokens` tokens, so the token counts of the shards say
-    how many windows there are, and no sidecar is touched before it is needed.
+    `full_chunks`: every chunk but the last of a shard holds `chunk_tokens` tokens, so the token counts of the shards
+    say how many windows there are, and no sidecar is touched before it is needed.
     """
 
     store: Store
@@ -96,8 +88,15 @@ class Manifest:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The copy of the tokenizer that travels with the shards."""
-        return self.store.path(TOKENIZER_NAME, self.tokenizer_sha256)
+        """The copy of the tokenizer that travels with the shards; `ValueError` when it is not the one written."""
+        path = self.store.path(TOKENIZER_NAME, self.tokenizer_sha256)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != self.tokenizer_sha256:
+            raise ValueError(
+                f"{self.location}/{TOKENIZER_NAME} is damaged: sha256 {found[:12]} where {INDEX_NAME} says "
+                f"{self.tokenizer_sha256[:12]}; copy it again"
+            )
+        return path
 
     def check_tokenizer(self, path: str | Path, sha256: str) -> None:
         """`ValueError` unless the tokenizer at `path` with hash `sha256` is the one that wrote these shards."""
@@ -111,18 +110,26 @@ class Manifest:
     def chunks(self, shard: int) -> np.ndarray:
         """The sidecar of shard number `shard`, CHUNK_DTYPE[chunks]; `ValueError` when it is not the one written."""
         entry = self.shards[shard]
-        name = sidecar_name(entry.name)
-        path = self.store.path(name, entry.index_sha256)
-        data = path.read_bytes()
+        name = sidecar.sidecar_name(entry.name)
+        data = self.store.path(name, entry.index_sha256).read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != entry.index_sha256:
             raise ValueError(
                 f"{self.location}/{name} is damaged: sha256 {found[:12]} where {INDEX_NAME} says "
                 f"{entry.index_sha256[:12]}; copy it again, or write the shards again"
             )
-        chunks = np.load(io.BytesIO(data), allow_pickle=False)
-        assert chunks.dtype == CHUNK_DTYPE and int(chunks["tokens"].sum()) == entry.tokens
+        try:
+            chunks = sidecar.from_bytes(data)
+            if problems := self.chunk_problems(shard, chunks):
+                raise ValueError(problems[0])
+        except ValueError as error:
+            raise ValueError(f"{self.location}/{name} does not fit its shard: {error}; write it again") from None
         return chunks
+
+    def chunk_problems(self, shard: int, chunks: np.ndarray) -> list[str]:
+        """What in a table of chunks cannot be true of shard number `shard`."""
+        entry, full = self.shards[shard], self.chunk_tokens if self.full_chunks else None
+        return sidecar.problems(chunks, entry.bytes, entry.tokens, entry.docs, np.dtype(self.dtype).itemsize, full)
 
     def windows_per_shard(self, seq_len: int) -> np.ndarray:
         """How many windows of `seq_len` tokens each shard holds, int64[shards]; a window never crosses a chunk."""
@@ -141,9 +148,9 @@ class Manifest:
         return facts
 
 
-def sidecar_name(shard_name: str) -> str:
-    """The file name of a shard's sidecar: 00000000.tar -> 00000000.idx.npy."""
-    return shard_name.removesuffix(".tar") + ".idx.npy"
+def is_shard_name(name: str) -> bool:
+    """Whether a shard may have this name: a plain one, so that it stays in its folder wherever it is read."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar", name) is not None
 
 
 def open_split(location: str | Path, split: str, cache: CacheSettings | None = None) -> Manifest:
@@ -155,15 +162,28 @@ def open_split(location: str | Path, split: str, cache: CacheSettings | None = N
 
 def save(manifest: Manifest, folder: Path) -> None:
     """Write index.json, complete or not at all."""
-    facts = manifest._facts() | {"fingerprint": manifest.fingerprint}
-    write_atomically(folder / INDEX_NAME, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(folder / INDEX_NAME, index_bytes(manifest))
+
+
+def index_bytes(manifest: Manifest) -> bytes:
+    """The content of index.json."""
+    return (json.dumps(manifest._facts() | {"fingerprint": manifest.fingerprint}, indent=1) + "\n").encode()
 
 
 def load(location: str | Path, cache: CacheSettings | None = None) -> Manifest:
-    """Read and check the index of a folder of shards, local or remote; every fault is a `ValueError` that names the file.
+    """Read and check the index of a folder of shards, local or remote; a fault is a `ValueError` that names the file.
 
-    What is remote is read through the cache.
+    What is remote is read through the cache; of what is local, the sizes of the shards are checked too.
     """
+    manifest = read_index(location, cache)
+    if not manifest.store.is_remote:
+        for shard in manifest.shards:
+            _check_file(Path(manifest.location) / shard.name, shard.bytes)
+    return manifest
+
+
+def read_index(location: str | Path, cache: CacheSettings | None = None) -> Manifest:
+    """`load` without a look at the shards."""
     location = str(location)
     store = open_store(location, cache)
     if not store.exists(INDEX_NAME):
@@ -174,12 +194,12 @@ def load(location: str | Path, cache: CacheSettings | None = None) -> Manifest:
         version = facts["format"]
         if not data.endswith(b"}\n"):
             raise ValueError("its last line is cut short")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} is not a valid index ({error!r}): copy it again, or write the shards again") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where} is not a valid index ({error!r}): copy it, or write the shards, again") from None
     if version != FORMAT:
         raise ValueError(f"{where} has format {version!r}, this program reads format {FORMAT}: write the shards again")
     manifest = _parse(where, facts, store)
-    _check_shards(manifest)
+    _check_facts(where, manifest)
     return manifest
 
 
@@ -209,12 +229,25 @@ def _parse(where: str, facts: dict, store: Store) -> Manifest:
     return manifest
 
 
-def _check_shards(manifest: Manifest) -> None:
+def _check_facts(where: str, manifest: Manifest) -> None:
+    """A right fingerprint says that nothing was changed since, not that it was sensible then."""
+    for part in (manifest, *manifest.shards):
+        for f in fields(part):
+            value = getattr(part, f.name)
+            if f.name.endswith("sha256") and not re.fullmatch("[0-9a-f]{64}", str(value)):
+                raise ValueError(f"{where}: {f.name} is {value!r}, expected 64 hex digits")
+            if f.type is int and not (type(value) is int and 0 <= value < _MOST_BYTES):
+                raise ValueError(f"{where}: {f.name} is {value!r}, expected a count")
+    if manifest.dtype not in ("<u2", "<u4") or type(manifest.full_chunks) is not bool or not manifest.chunk_tokens:
+        raise ValueError(f"{where}: dtype, full_chunks or chunk_tokens is none that this program writes")
+    ids = manifest.special_ids
+    if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < manifest.vocab_size for i in ids.values()):
+        raise ValueError(f"{where}: special_ids is {ids!r}, expected ids below {manifest.vocab_size}")
     for shard in manifest.shards:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar", shard.name):
-            raise ValueError(f"{manifest.location}/{INDEX_NAME}: {shard.name!r} is not a plain shard name (NAME.tar)")
-        if not manifest.store.is_remote:
-            _check_file(Path(manifest.location) / shard.name, shard.bytes)
+        if not is_shard_name(shard.name):
+            raise ValueError(f"{where}: {shard.name!r} is not a plain shard name (NAME.tar)")
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise ValueError(f"{where} lists a shard twice: write the shards again")
     if manifest.tokens == 0:
         raise ValueError(f"{manifest.location} holds no tokens: write shards from text that is not empty")
 

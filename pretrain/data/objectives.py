@@ -1,5 +1,7 @@
 """What a model is asked about a row of tokens: rows -> (inputs, labels). A plain dict from name to function."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 IGNORE = -100  # the label of a position that has no target, as in torch's cross_entropy
@@ -15,3 +17,9 @@ def causal_lm(rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 OBJECTIVES = {"causal_lm": causal_lm}
+
+
+def batch_of(objective: Callable, rows) -> tuple[np.ndarray, ...]:
+    """What a model is given: inputs, labels, and the documents of the inputs where the rows know them; [b, T] each."""
+    documents = () if rows.documents is None else (np.ascontiguousarray(rows.documents[:, :-1]),)
+    return (*objective(rows), *documents)

@@ -1,22 +1,28 @@
 """This rank's rows of global batch k, read ahead in the background. The state is one number and fingerprints.
 
-Global batch k is the samples k * B ... (k + 1) * B - 1 of the order, and rank r of w takes rows r, r + w, ... of it:
-the batches are the same for every number of ranks. Batches run over the end of an epoch; nothing is dropped there.
+With global batches of B samples, batch k is the samples k * B ... (k + 1) * B - 1 of the order, and rank r of w takes
+rows r, r + w, ... of it: the batches are the same for every number of ranks. Batches run over the end of an epoch;
+nothing is dropped there. Sources and phases are `mixture`'s, the cut of a shard into rows is `packing`'s.
 """
 
 import atexit
 import functools
 import hashlib
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
 from pretrain.data.manifest import Manifest
+from pretrain.data.mixture import BLOCK, Mixture, Phase, consumed, open_phases, quotas
 from pretrain.data.order import Order
-from pretrain.data.shards import ShardReader
+from pretrain.data.source import Source, StreamOptions
+
+DEFAULTS = StreamOptions()
+FETCH_BATCHES = 256  # how many batches ahead remote shards are fetched
 
 
 @dataclass(frozen=True)
@@ -33,48 +39,93 @@ class Rows:
     documents: np.ndarray | None = None  # int32[b, T + 1]
 
 
-class Stream:
-    """The batches of a data set for one rank; see `batches`, and `rows` for any samples by number.
+class DataError(ValueError):
+    """What went wrong while reading ahead (damage, a server that is gone), in words for the user."""
 
-    `seq_len` in tokens, `global_batch_size` in samples over all ranks, `prefetch_batches` how far to read ahead.
-    """
+
+class Stream:
+    """The batches of one or several data sets for one rank; see `batches`, and `rows` for any samples by number."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        seq_len: int,
-        seed: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        shuffle: bool = True,
-        prefetch_batches: int = 4,
-    ):
-        assert 0 <= rank < world_size and seq_len > 0 and global_batch_size > 0 and prefetch_batches > 0
-        windows = manifest.windows_per_shard(seq_len)
-        _check_enough(manifest, int(windows.sum()), seq_len, global_batch_size)
-        if global_batch_size % world_size:
-            raise ValueError(
-                f"a global batch of {global_batch_size} samples does not divide into {world_size} ranks: "
-                f"use a multiple of {world_size}"
-            )
-        self._manifest, self._seq_len, self._seed, self._shuffle = manifest, seq_len, seed, shuffle
-        self._global_batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._prefetch_batches = prefetch_batches
-        self._order = Order(windows, seed, shuffle)
-        self._reader = ShardReader(manifest)
-        self.epoch_samples = self._order.epoch_samples
-        # tokens that no window of this length holds: the ends of chunks
-        self.unused_tokens = manifest.tokens - self.epoch_samples * seq_len
+        self, sources: Sequence[Manifest], plan: Sequence[Phase], seed: int, rank: int = 0, world_size: int = 1,
+        options: StreamOptions = DEFAULTS,
+    ):  # fmt: skip
+        """`plan` is the phases of the run, the first from step 0 on, with a weight for each source."""
+        assert 0 <= rank < world_size and sources
+        self._plan, self._seed, self._options = tuple(plan), seed, options
+        self._rank, self._world_size = rank, world_size
+        self._sources = [Source(manifest, seed, options) for manifest in sources]
+        for phase in self._plan:
+            self._check(phase)
+        self._mixture = self._mix(recorded=(), step=0)
+
+    @classmethod
+    def in_order(cls, manifest: Manifest, seq_len: int, options: StreamOptions = DEFAULTS) -> "Stream":
+        """All windows of a data set as they lie in it."""
+        return cls([manifest], [Phase(0, seq_len, 1, (1.0,))], seed=0, options=replace(options, shuffle=False))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the run, past and planned."""
+        return self._mixture.phases
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples in an epoch of the first source in the first planned phase."""
+        return self._sources[0].order(self._plan[0].seq_len).epoch_samples
+
+    def summary(self, steps: int) -> list[dict]:
+        """Of each source, in the last phase of a run of `steps` steps: its share, its rows and how full they are, the
+        tokens that no row holds, and the epochs that the run makes of it.
+        """
+        last = self._mixture.phase_of_step(max(steps - 1, 0))
+        ends = consumed(last, max(steps - last.from_step, 0) * last.global_batch_size, self._seed)
+        facts = []
+        for source, share, end in zip(self._sources, quotas(last.weights) / BLOCK, ends, strict=True):
+            layout, rows = source.layout(last.seq_len), source.order(last.seq_len).epoch_samples
+            facts.append({
+                "source": source.manifest.location, "share": float(share), "rows": rows, "epochs": end / rows,
+                "fill_rate": layout.fill_rate, "unused_tokens": layout.unused_tokens,
+            })  # fmt: skip
+        return facts
+
+    def phase_of_step(self, step: int) -> Phase:
+        """The phase that global batch `step` belongs to."""
+        return self._mixture.phase_of_step(step)
 
     def rows(self, sample_numbers: np.ndarray) -> Rows:
-        """The rows of any samples, in the order asked for; read here and now."""
+        """The rows of any samples of one phase, in the order asked for; read here and now."""
         sample_numbers = np.asarray(sample_numbers, dtype=np.int64)
-        places = self._order.locate(sample_numbers)
-        tokens, last_is_target = self._reader.read(places.shard, places.window, self._seq_len)
-        is_target = np.ones((len(tokens), self._seq_len), dtype=bool)
-        is_target[:, -1] = last_is_target
-        return Rows(sample_numbers, tokens, is_target)
+        phase = self._mixture.phase_of_sample(int(sample_numbers[0])) if sample_numbers.size else self.phases[0]
+        return self._rows(sample_numbers, phase)
+
+    def places(self, sample_numbers: np.ndarray) -> list[dict]:
+        """Where samples of one phase come from: location of the source, epoch, shard, chunks, row in the shard."""
+        phase = self._mixture.phase_of_sample(int(sample_numbers[0]))
+        source, places = self._mixture.locate(sample_numbers, phase)
+        found = []
+        for s, epoch, shard, row in zip(
+            *(column.tolist() for column in (source, places.epoch, places.shard, places.window)), strict=True
+        ):
+            manifest, layout = self._sources[s].manifest, self._sources[s].layout(phase.seq_len)
+            found.append({"source": manifest.location, "epoch": epoch, "shard": manifest.shards[shard].name,
+                          "chunks": layout.chunks_of(shard, row), "row": row})  # fmt: skip
+        return found
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The sample numbers of this rank's rows of global batch `step`."""
+        phase = self._mixture.phase_of_step(step)
+        first = phase.from_sample + (step - phase.from_step) * phase.global_batch_size
+        return np.arange(first + self._rank, first + phase.global_batch_size, self._world_size, dtype=np.int64)
+
+    def consumed(self, step: int) -> tuple[int, int]:
+        """The samples and the row places (tokens of input) of all batches before `step`, over all ranks."""
+        samples = tokens = 0
+        for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
+            end = min(step, following.from_step) if following else step
+            count = max(0, end - phase.from_step) * phase.global_batch_size
+            samples, tokens = samples + count, tokens + count * phase.seq_len
+        return samples, tokens
 
     def batches(self, start_step: int) -> Iterator[Rows]:
         """This rank's rows of global batches start_step, start_step + 1, ... without end.
@@ -83,7 +134,7 @@ class Stream:
         never keeps the process alive. What goes wrong in it is raised here.
         """
         assert start_step >= 0
-        ahead: queue.Queue[Rows | BaseException] = queue.Queue(maxsize=self._prefetch_batches)
+        ahead: queue.Queue[list[Rows] | BaseException] = queue.Queue(maxsize=1)
         stop = threading.Event()
         # the thread holds no reference to this iterator, so that dropping the iterator can end the thread
         worker = threading.Thread(
@@ -96,59 +147,126 @@ class Stream:
         try:
             while True:
                 item = ahead.get()
+                if isinstance(item, ValueError | OSError):
+                    raise DataError(str(item)) from item
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                yield from item
         finally:
             atexit.unregister(end)
             end()
 
-    def state(self, samples: int) -> dict:
-        """What a checkpoint keeps, as plain JSON: the samples consumed so far by all ranks, and what they depend on."""
-        phase = {"from_sample": 0, "seq_len": self._seq_len, "global_batch_size": self._global_batch_size}
-        return {"samples": samples} | self._identity() | {"phases": [phase]}
+    def state(self, step: int) -> dict:
+        """What a checkpoint keeps, as plain JSON: the samples that all ranks have consumed before `step`, the phases so
+        far, and what the order depends on.
+        """
+        phases = [asdict(phase) for phase in self.phases if phase.from_step < max(step, 1)]
+        quarantine = [[*place] for place in sorted(self.quarantine)]
+        return {"samples": self.consumed(step)[0]} | self._identity() | {"phases": phases, "quarantine": quarantine}
 
-    def check_state(self, state: dict) -> None:
-        """`ValueError` that says what differs, unless `state` was saved by a stream with the same order."""
-        now = self.state(samples=0)
-        then = {name: state[name] for name in self._identity()} | state["phases"][-1]
-        differs = [
-            f"{name} was {then[name]!r} and is {value!r}"
-            for name, value in (self._identity() | now["phases"][-1]).items()
-            if then[name] != value
-        ]
+    def resume(self, state: dict, step: int) -> None:
+        """Take up the history that a checkpoint of `step` keeps; a plan that says otherwise opens a new phase there.
+
+        `ValueError` that says what differs when the checkpoint belongs to another order.
+        """
+        now = self._identity()
+        differs = [f"{key} was {state[key]!r} and is {value!r}" for key, value in now.items() if state[key] != value]
         if differs:
             raise ValueError(
                 f"the checkpoint belongs to another order of samples: {'; '.join(differs)}. "
                 "Continue with the data and the settings it was saved with, or start a new run"
             )
+        self._mixture = self._mix([_phase(entry) for entry in state["phases"]], step)
+        self.adopt_quarantine(map(tuple, state["quarantine"]))
+
+    @property
+    def quarantine(self) -> set[tuple[int, int, int]]:
+        """(source, shard, chunk) of the chunks found damaged and read no more."""
+        return {(number, *place) for number, source in enumerate(self._sources) for place in source.bad}
+
+    def adopt_quarantine(self, places: Iterable[tuple[int, int, int]]) -> None:
+        """Read these chunks no more, whatever they hold: other ranks, or the run before, found them damaged."""
+        for source, shard, chunk in places:
+            self._sources[source].bad.add((shard, chunk))
 
     def _identity(self) -> dict:
-        return {"seed": self._seed, "shuffle": self._shuffle, "fingerprint": self._manifest.fingerprint}
+        return {
+            "seed": self._seed, "shuffle": self._options.shuffle, "packing": self._options.packing,
+            "fingerprints": [source.manifest.fingerprint for source in self._sources],
+        }  # fmt: skip
+
+    def _mix(self, recorded: Sequence[Phase], step: int) -> Mixture:
+        def order(source: int, seq_len: int) -> Order:
+            return self._sources[source].order(seq_len)
+
+        phases = open_phases(self._plan, recorded, step, self._seed, lambda *what: order(*what).epoch_samples)
+        return Mixture(phases, self._seed, order)
+
+    def _check(self, phase: Phase) -> None:
+        """`ValueError` for a phase that the data or the number of ranks do not allow."""
+        if phase.global_batch_size % self._world_size:
+            raise ValueError(
+                f"a global batch of {phase.global_batch_size} samples does not divide into {self._world_size} ranks: "
+                f"use a multiple of {self._world_size}"
+            )
+        for source, weight, places in zip(self._sources, phase.weights, quotas(phase.weights).tolist(), strict=True):
+            if weight and not places:
+                raise ValueError(
+                    f"the weight {weight:g} of {source.manifest.location} is so small a share that none of {BLOCK} "
+                    "samples would be of it: give it a greater weight, or 0"
+                )
+            source.check_enough(phase.seq_len, -(-phase.global_batch_size * places // BLOCK))
 
     def _read_ahead(self, step: int, ahead: queue.Queue, stop: threading.Event) -> None:
-        mine = np.arange(self._rank, self._global_batch_size, self._world_size, dtype=np.int64)
+        fetched = step
         try:
             while not stop.is_set():
-                ahead.put(self.rows(step * self._global_batch_size + mine))
-                step += 1
+                fetched = self._fetch_ahead(fetched, step + FETCH_BATCHES)
+                some = self._some_batches(step)
+                ahead.put(some)
+                step += len(some)
         except BaseException as error:  # whatever it is belongs to the consumer
             ahead.put(error)
 
+    def _some_batches(self, step: int) -> list[Rows]:
+        """`prefetch_batches` batches of one phase from `step` on, read at once: small batches cost more one by one."""
+        phase = self.phase_of_step(step)
+        steps = range(step, step + self._options.prefetch_batches)
+        numbers = [self.numbers(each) for each in steps if self.phase_of_step(each) is phase]
+        rows = self._rows(np.concatenate(numbers), phase)
+        ends = np.cumsum([0, *map(len, numbers)])
+        columns = [getattr(rows, field.name) for field in fields(Rows)]
+        return [
+            Rows(*(None if column is None else column[start:end] for column in columns))
+            for start, end in itertools.pairwise(ends.tolist())
+        ]
 
-def _check_enough(manifest: Manifest, samples: int, seq_len: int, global_batch_size: int) -> None:
-    if samples >= global_batch_size:
-        return
-    shorter = seq_len
-    while shorter > 1 and int(manifest.windows_per_shard(shorter).sum()) < global_batch_size:
-        shorter //= 2
-    fits = int(manifest.windows_per_shard(shorter).sum()) >= global_batch_size
-    remedies = [f"a global batch of at most {samples}"] if samples else []
-    remedies += [f"a sequence length of at most {shorter}"] if fits else []
-    raise ValueError(
-        f"{manifest.location} holds {samples} samples of {seq_len} tokens, fewer than one batch of {global_batch_size} "
-        f"({manifest.tokens:,} tokens in all): use {' or '.join(remedies + ['more text'])}"
-    )
+    def _fetch_ahead(self, start: int, end: int) -> int:
+        """Have the shards of this rank's batches start ... end - 1 fetched in the order of use; returns `end`."""
+        remote = any(source.manifest.store.is_remote for source in self._sources)
+        for step in range(start, end) if remote else ():
+            which, places = self._mixture.locate(self.numbers(step), self.phase_of_step(step))
+            for s, source in enumerate(self._sources):
+                source.fetch(dict.fromkeys(places.shard[which == s].tolist()))
+        return end
+
+    def _rows(self, sample_numbers: np.ndarray, phase: Phase) -> Rows:
+        source, places = self._mixture.locate(sample_numbers, phase)
+        if len(self._sources) == 1:
+            return Rows(sample_numbers, *self._sources[0].read(phase.seq_len, places.shard, places.window))
+        where = [np.flatnonzero(source == s) for s in np.unique(source).tolist()]
+        parts = [
+            self._sources[source[mine[0]]].read(phase.seq_len, places.shard[mine], places.window[mine])
+            for mine in where
+        ]
+        back = np.argsort(np.concatenate(where))
+        columns = [None if column[0] is None else np.concatenate(column)[back] for column in zip(*parts, strict=True)]
+        return Rows(sample_numbers, *columns)
+
+
+def _phase(entry: dict) -> Phase:
+    """A phase as `Stream.state` keeps it."""
+    return Phase(**entry | {"weights": tuple(entry["weights"]), "starts": tuple(entry["starts"])})
 
 
 def _end(worker: threading.Thread, ahead: queue.Queue, stop: threading.Event) -> None:

@@ -1,8 +1,8 @@
 """Tar files by position: the header of a member to write, and a strict walk over the members of a file.
 
 A shard or an input may come from anywhere, so the walk takes regular files with plain names and nothing else: no links,
-devices or sparse files, no absolute names, no "..". Nothing is ever extracted. Python's own reader takes a damaged header
-for the end of the archive; here everything after the last member must be zeros.
+devices or sparse files, no absolute names, no "..". Nothing is ever extracted. Python's own reader takes a damaged
+header for the end of the archive; here everything after the last member must be zeros.
 """
 
 import tarfile
@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
+_MOST_HEADER_BYTES = 1 << 20  # of a long name or a pax header; some programs write much there, none that much
+# what tarfile lets out when a header is damaged or made up: it decodes, converts and recurses on what the header says
+_HEADER_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,28 @@ def end_of_archive(position: int) -> bytes:
 
 
 def members(file: BinaryIO, where: str) -> Iterator[Member]:
-    """The members of an uncompressed tar, in order. `ValueError` that names `where` for anything but a plain, whole one.
+    """The members of an uncompressed tar, in order; `ValueError` that names `where` for any but a plain, whole one.
 
-    `file` is seekable; between two members it may be moved.
+    Folders are passed over: nothing is extracted, so they do nothing. `file` is seekable; between two members it may be
+    moved. Memory stays flat, whatever the number of members and whatever sizes their headers claim.
     """
     size = file.seek(0, 2)
     file.seek(0)
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                _check(info, size, where)
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                yield Member(info.name, info.offset_data, info.size, end)
-                archive.members.clear()  # it keeps all of them otherwise
-    except tarfile.TarError as error:
-        raise ValueError(f"{where} is not a whole, uncompressed tar file ({error})") from None
+    archive, end = None, 0
+    while True:
+        try:
+            archive = archive or tarfile.open(fileobj=_Headers(file), mode="r:")
+            info = archive.next()
+        except _HEADER_ERRORS as error:
+            raise ValueError(f"{where} is not a whole, uncompressed tar file ({error})") from None
+        if info is None:
+            break
+        archive.members.clear()  # it keeps all of them otherwise
+        archive.pax_headers.clear()  # and what a global header says of those to come
+        _check(info, size, where)
+        end = info.offset_data + (0 if info.isdir() else -(-info.size // BLOCK) * BLOCK)
+        if not info.isdir():
+            yield Member(info.name, info.offset_data, info.size, end)
     check_end(file, end, where)
 
 
@@ -64,17 +73,31 @@ def check_end(file: BinaryIO, position: int, where: str) -> None:
     length = 0
     while data := file.read(_CHUNK):
         if data.count(0) != len(data):
-            raise ValueError(f"{where} is damaged after byte {position + length:,}: neither a member nor the end of a tar")
+            raise ValueError(f"{where} is damaged after byte {position + length:,}: no member, and no end of a tar")
         length += len(data)
     if length < 2 * BLOCK:
         raise ValueError(f"{where} is cut short: it has no end-of-archive blocks at byte {position:,}")
 
 
+class _Headers:
+    """A file as tarfile sees it. It reads headers only, and the size of a pax header is whatever that header says."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MOST_HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
 def _check(info: tarfile.TarInfo, size: int, where: str) -> None:
-    if not info.isreg() or info.sparse is not None:
+    if not (info.isreg() or info.isdir()) or info.sparse is not None:
         raise ValueError(f"{where}: member {info.name!r} is not a plain file (a link, a device, ...): refused")
     path = PurePosixPath(info.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in info.name or "\0" in info.name or not path.name:
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in info.name or "\0" in info.name
+    if unsafe or not (path.name or info.isdir()):
         raise ValueError(f"{where}: member name {info.name!r} points out of the archive: refused")
     if info.size < 0 or info.offset_data + info.size > size:
         raise ValueError(f"{where} is cut short: member {info.name!r} claims {info.size:,} bytes beyond its end")

@@ -58,6 +58,10 @@ class Tokenizer:
         """The ids of many texts, with `num_threads` threads."""
         return self._model.encode(texts, out_type=int, num_threads=num_threads)
 
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of many texts, int32 each, on this thread; other threads of Python run meanwhile."""
+        return self._model.encode(texts, out_type="numpy", num_threads=1)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special ids stand for no text."""
         return self._model.decode([int(i) for i in ids])

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data import tar
-from pretrain.data.manifest import CHUNK_DTYPE, CONTINUES, Manifest, Shard, save, sidecar_name
+from pretrain.data import sidecar, tar
+from pretrain.data.manifest import Manifest, Shard, save
 from pretrain.data.remote import Store
 from pretrain.files import write_atomically
 
@@ -42,7 +42,7 @@ class ShardWriter:
         self._crc32 = 0
         tokens_offset = self._add_member(f"{key}.tokens.npy", tokens)
         docs_offset = self._add_member(f"{key}.docs.npy", np.asarray(doc_starts, dtype="<i4"))
-        flags = CONTINUES if continues else 0
+        flags = sidecar.CONTINUES if continues else 0
         self._chunks.append((start, self._position - start, self._crc32, flags,
                              tokens_offset, len(tokens), docs_offset, len(doc_starts)))  # fmt: skip
         self.tokens += len(tokens)
@@ -53,12 +53,11 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        chunks = np.array(self._chunks, dtype=CHUNK_DTYPE)
+        chunks = np.array(self._chunks, dtype=sidecar.CHUNK_DTYPE)
         chunks[-1]["bytes"] = self._position - chunks[-1]["offset"]  # the last chunk watches the end of the archive too
         chunks[-1]["crc32"] = self._crc32
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, chunks, version=(1, 0), allow_pickle=False)
-        write_atomically(self._path.with_name(sidecar_name(self._path.name)), buffer.getvalue())
+        table = sidecar.to_bytes(chunks)
+        write_atomically(self._path.with_name(sidecar.sidecar_name(self._path.name)), table)
         os.replace(self._temporary, self._path)
         return Shard(
             name=self._path.name,
@@ -67,7 +66,7 @@ class ShardWriter:
             tokens=self.tokens,
             docs=int(chunks["docs"].sum()),
             text_bytes=text_bytes,
-            index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+            index_sha256=hashlib.sha256(table).hexdigest(),
         )
 
     def abandon(self) -> None:
@@ -131,10 +130,14 @@ class DatasetWriter:
         if self._shard.tokens + self._filled >= self._shard_tokens:
             self._close_shard()
 
-    def finish(self, tokenizer_sha256: str, vocab_size: int, special_ids: dict[str, int]) -> Manifest:
-        """Close the last shard and write index.json."""
+    def close(self) -> list[Shard]:
+        """Close the last shard; the shards that were written."""
         if self._shard is not None:
             self._close_shard()
+        return self.shards
+
+    def finish(self, tokenizer_sha256: str, vocab_size: int, special_ids: dict[str, int]) -> Manifest:
+        """Close the last shard and write index.json."""
         manifest = Manifest(
             store=Store(str(self._folder)),
             dtype=self._dtype,
@@ -143,7 +146,7 @@ class DatasetWriter:
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=vocab_size,
             special_ids=special_ids,
-            shards=tuple(self.shards),
+            shards=tuple(self.close()),
         )
         save(manifest, self._folder)
         return manifest

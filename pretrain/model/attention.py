@@ -1,6 +1,7 @@
 """softmax(Q K^T / sqrt(d_k)) V (Vaswani et al., "Attention Is All You Need", 2017, equation 1), by two routes.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Q query positions, S key positions, K head width.
+A `mask` [B, 1, Q, S], True where a query may look, says it all: it stands in the place of `causal`.
 """
 
 import math
@@ -15,23 +16,45 @@ def visible(query_length: int, key_length: int, device: torch.device) -> torch.T
     return full.tril(key_length - query_length)
 
 
-def plain(q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float):
+def same_document(documents_BT: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Mask [B, 1, T, T] for rows of several documents: True within a document, when causal only up to the query.
+
+    Padding counts as one more document, so every query sees something and no softmax is empty.
+    """
+    mask_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    if causal:
+        mask_BTT = mask_BTT & visible(documents_BT.shape[1], documents_BT.shape[1], documents_BT.device)
+    return mask_BTT[:, None]
+
+
+def plain(
+    q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The formula as written: the reference that the fast route is compared with."""
     groups = q_BHQK.shape[1] // k_BGSK.shape[1]
     k, v = k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
     scores_BHQS = q_BHQK @ k.transpose(-1, -2) / math.sqrt(q_BHQK.shape[-1])
-    if causal:
-        mask_QS = visible(q_BHQK.shape[2], k.shape[2], k.device)
-        scores_BHQS = scores_BHQS.masked_fill(~mask_QS, float("-inf"))
+    if mask is None and causal:
+        mask = visible(q_BHQK.shape[2], k.shape[2], k.device)
+    if mask is not None:
+        scores_BHQS = scores_BHQS.masked_fill(~mask, float("-inf"))
     weights_BHQS = scores_BHQS.softmax(-1)
     return (F.dropout(weights_BHQS, dropout) if dropout else weights_BHQS) @ v
 
 
-def sdpa(q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float):
-    """PyTorch's fused kernels: flash attention where the device has it."""
+def sdpa(
+    q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """PyTorch's fused kernels: flash attention where the device has it, and no mask is given."""
     grouped = q_BHQK.shape[1] != k_BGSK.shape[1]
     query_length, key_length = q_BHQK.shape[2], k_BGSK.shape[2]
-    mask = None
+    if mask is not None:
+        causal = False
+        if grouped:  # on a GPU no fused kernel but the slow formula takes both a mask and grouped heads
+            groups, grouped = q_BHQK.shape[1] // k_BGSK.shape[1], False
+            k_BGSK, v_BGSK = k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
     if causal and 1 < query_length < key_length:  # the fused causal flag lines the queries up with the first keys
         mask, causal = visible(query_length, key_length, k_BGSK.device), False
     causal = causal and query_length > 1

@@ -17,5 +17,8 @@ class LanguageModel(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.trunk.embedding.weight
 
-    def forward(self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None) -> torch.Tensor:
-        return self.head(self.trunk(tokens_BT, cache))
+    def forward(
+        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`documents` [B, T] numbers the documents of each row, padding -1: none of them sees another."""
+        return self.head(self.trunk(tokens_BT, cache, documents))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-from pretrain.model.attention import ATTENTION
+from pretrain.model.attention import ATTENTION, same_document
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
@@ -65,7 +65,9 @@ class Attention(nn.Module):
         self.q_norm = _norm(config, self.head_width) if config.qk_norm else nn.Identity()
         self.k_norm = _norm(config, self.head_width) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         def heads(y: torch.Tensor) -> torch.Tensor:
             return y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.config.dropout if self.training else 0.0
-        mixed_BHTK = ATTENTION[self.config.attention](q, k, v, self.config.causal, dropout)
+        mixed_BHTK = ATTENTION[self.config.attention](q, k, v, self.config.causal, dropout, mask)
         return self.out(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -106,11 +108,13 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = _norm(config, config.width), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.pre:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache))
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
             return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rope, cache)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rope, cache, mask)))
         return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
 
 
@@ -127,26 +131,32 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = _norm(config, config.width)
 
-    def forward(self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`documents_BT` numbers the documents of each row (padding -1): each is computed as if it stood alone."""
         start = cache[0].length if cache else 0
-        place_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        place, mask = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device), None
+        if documents_BT is not None:
+            assert cache is None, "documents are for whole rows"
+            place, mask = places_in_documents(documents_BT), same_document(documents_BT, self.config.causal)
         x_BTD = self.embedding(tokens_BT)
         rope = None
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(place_T)
+            x_BTD = x_BTD + self.positions(place)
         elif self.config.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoids(place_T, self.config.width).to(x_BTD.dtype)
+            x_BTD = x_BTD + sinusoids(place, self.config.width).to(x_BTD.dtype)
         elif self.config.positions == "rope":
-            rope = rotations(place_T, self.config.width // self.config.heads, self.config.rope_theta).to(x_BTD.dtype)
+            rope = rotations(place, self.config.width // self.config.heads, self.config.rope_theta).to(x_BTD.dtype)
         x_BTD = self.dropout(x_BTD)
         if not self.config.norm_position == "pre":
             x_BTD = self.norm(x_BTD)
         for index, block in enumerate(self.blocks):
             layer_cache = cache[index] if cache else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, rope, layer_cache, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rope, layer_cache, mask, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rope, layer_cache)
+                x_BTD = block(x_BTD, rope, layer_cache, mask)
         return self.norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
@@ -156,16 +166,28 @@ class Transformer(nn.Module):
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
 
 
-def sinusoids(place_T: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, D] of Vaswani et al., 2017, section 3.5: sin(place / 10000^(2i/D)) at 2i, the cosine at 2i + 1."""
-    angles = _angles(place_T, width, 10000.0)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
+def places_in_documents(documents_BT: torch.Tensor) -> torch.Tensor:
+    """The place of each token in its document [B, T], from 0 on."""
+    place_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    return place_T - (place_T * begins_BT).cummax(1).values
 
 
-def rotations(place_T: torch.Tensor, head_width: int, theta: float) -> torch.Tensor:
-    """Cosines and sines [2, T, K] of rotary positions (Su et al., RoFormer, 2021), in fp32."""
-    angles = _angles(place_T, head_width, theta).repeat(1, 2)
-    return torch.stack((angles.cos(), angles.sin()))
+def sinusoids(place: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., D] of Vaswani et al., 2017, section 3.5: sin(place / 10000^(2i/D)) at 2i, the cosine at 2i + 1."""
+    angles = _angles(place, width, 10000.0)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+
+
+def rotations(place: torch.Tensor, head_width: int, theta: float) -> torch.Tensor:
+    """Cosines and sines of rotary positions (Su et al., RoFormer, 2021), in fp32.
+
+    Places [T] -> [2, T, K], the same for every row; places [B, T] -> [2, B, 1, T, K].
+    """
+    angles = _angles(place, head_width, theta)
+    angles = torch.cat((angles, angles), -1)
+    rope = torch.stack((angles.cos(), angles.sin()))
+    return rope if place.dim() == 1 else rope.unsqueeze(2)
 
 
 def rotate(x_BHTK: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -174,9 +196,9 @@ def rotate(x_BHTK: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     return x_BHTK * rope[0] + torch.cat((-right, left), -1) * rope[1]
 
 
-def _angles(place_T: torch.Tensor, width: int, theta: float) -> torch.Tensor:
-    steps = torch.arange(0, width, 2, dtype=torch.float32, device=place_T.device)
-    return place_T.float()[:, None] * theta ** (-steps / width)
+def _angles(place: torch.Tensor, width: int, theta: float) -> torch.Tensor:
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device=place.device)
+    return place.float()[..., None] * theta ** (-steps / width)
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:

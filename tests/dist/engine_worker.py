@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, config, dist, engine
+from pretrain import checkpoint, compose, config, dist, engine, optim
 from pretrain.data.objectives import IGNORE
 from pretrain.model.heads import LanguageModel
 from pretrain.model.losses import cross_entropy_rows
@@ -22,15 +22,17 @@ TOKENS = torch.randint(0, VOCAB, (2, BATCH, LENGTH + 1), generator=GENERATOR)
 LABELS = TOKENS[:, :, 1:].clone()
 for _row in range(BATCH):  # rows with very different numbers of targets: a mean of means would show
     LABELS[:, _row, : 3 * _row] = IGNORE
+DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 
 
 def main(out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    results = {"stages": {}, "splits": {}, "moves": {}}
+    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
             results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
+            results["counts"][f"{precision}-{stage}"] = other_counts(stage, precision, ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
         results["splits"][str(micro)] = gradient(micro, ranks, device)
     if ranks.world_size == 2:
@@ -41,25 +43,63 @@ def main(out: Path) -> None:
     dist.finish(0)
 
 
-def build(stage: int, precision: str, micro: int, ranks, device, clip: float = 1.0) -> engine.Engine:
+def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8) -> engine.Engine:
     overrides = ["run.name=x", "model=llama_tiny", "model.layers=1", f"model.vocab_size={VOCAB}", "train.seq_len=24"]
     cfg = compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}"])
     train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
     accumulation = config.accumulation_steps(train_config, ranks.world_size)
     settings = engine.deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
 
-    def loss_rows(model, inputs, labels):
-        return cross_entropy_rows(model(inputs), labels)
-
-    built = engine.Engine(
-        lambda: LanguageModel(cfg.model), loss_rows, settings, replace(cfg.optim, grad_clip=clip), ranks, device
-    )
+    optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
+    built = engine.Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, optim_config, ranks, device)
     for f in built.fragments():
         if f.kind == engine.WEIGHT:
             f.values.copy_(initial_value(f.name, f.shape, cfg.model, 0).view(-1)[f.offset : f.offset + len(f.values)])
     built.refresh(0)
-    built.micro = micro
+    built.micro, built.model_config, built.optim_config = micro, cfg.model, optim_config
     return built
+
+
+def loss_rows(model, inputs, labels, documents=None):
+    return cross_entropy_rows(model(inputs, documents=documents), labels)
+
+
+def other_counts(stage: int, precision: str, ranks, device) -> dict:
+    """Steps of 4, 2 and 8 micro-batches a rank on rows of several documents, and the same by torch alone."""
+    # a large eps, or AdamW would turn the rounding of the smallest gradients into steps as large as any
+    built = build(stage, precision, 2, ranks, device, eps=1e-4)
+    everything = TOKENS[:, :, :-1].flatten(0, 1), LABELS.flatten(0, 1), DOCUMENTS
+    model = LanguageModel(built.model_config)
+    for name, parameter in model.named_parameters():
+        parameter.data = initial_value(name, tuple(parameter.shape), built.model_config, 0)
+    groups = optim.parameter_groups(model.named_parameters(), built.optim_config.weight_decay)
+    torch_optimizer = optim.build(built.optim_config, groups)
+    found, expected = [], []
+    micro = 2 // ranks.world_size
+    for rows in (8, 4, 16):
+        batch = [part[:rows] for part in everything]
+        targets = int((batch[1] != IGNORE).sum())
+        mine = [part[ranks.rank :: ranks.world_size].split(micro) for part in batch]
+        found.append(built.step(list(zip(*mine, strict=True)), targets, 1e-2)[0])
+        assert len(mine[0]) == rows // 2
+        for group in torch_optimizer.param_groups:
+            group["lr"] = 1e-2
+        torch_optimizer.zero_grad()
+        loss = loss_rows(model, *batch).sum() / targets
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), built.optim_config.grad_clip)
+        torch_optimizer.step()
+        expected.append(loss.item())
+    evaluated = (built.evaluate(*everything), loss_rows(model, *everything).detach())
+    plain = dict(model.named_parameters())
+    weights = (f for f in built.fragments() if f.kind == engine.WEIGHT)
+    worst = max(
+        (f.values - plain[f.name].detach().view(-1)[f.offset : f.offset + len(f.values)]).abs().max().item()
+        for f in weights
+    )
+    whole = loss_rows(model, *everything[:2]).sum().item()
+    return {"losses": found, "expected": expected, "worst": max(dist.all_gather_objects(worst)), "unmasked": whole,
+            "rows": [rows.tolist() for rows in evaluated], "steps": built.optimizer_steps}  # fmt: skip
 
 
 def train(built: engine.Engine, ranks, steps: int, first: int = 0) -> dict:

@@ -1,0 +1,280 @@
+"""Raw input to documents: text, JSONL (both also .gz, .zst), Parquet, WebDataset tars; what went in is counted.
+
+A text file is one document; each line of a .jsonl file is one, each row of a .parquet file, each .txt or .json member
+of a .tar file. A folder is walked in sorted order. Documents are read one at a time, so memory grows with the longest
+document, not with the corpus. An uncompressed JSONL file can be cut into byte ranges, for several processes to read.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pretrain.prepare import readers
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .text .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .rb .pl .r .jl .sh .sql .lua "
+    ".scala .kt .swift .html .css .jsonl".split()
+)
+CONTAINER_SUFFIXES = frozenset({".parquet", ".tar"})
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+_ARCHIVES = frozenset(".tgz .tbz2 .txz .zip .7z .rar .bz2 .xz".split())
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read; `bytes` is its size on disk."""
+
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes [start, end) of a file on disk: all, or of an uncompressed JSONL file the lines that start there."""
+
+    path: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, how many bytes of input (on disk) were read since the document before, and where it was found."""
+
+    text: str
+    input_bytes: int
+    source: str  # "path", "path, line 12", "path, byte 4096" (in a byte range), "path, row 7", "path, member a/b.txt"
+
+
+@dataclass
+class Counts:
+    """What reading met: documents, empty ones (left out), those with invalid characters (replaced by U+FFFD), and
+    members of tars that are no documents.
+    """
+
+    documents: int = 0
+    empty: int = 0
+    invalid: int = 0
+    ignored_members: int = 0
+    invalid_files: list[str] = field(default_factory=list)  # the first few
+
+    def merge(self, other: "Counts") -> None:
+        """Add what was read after this."""
+        self.documents += other.documents
+        self.empty += other.empty
+        self.invalid += other.invalid
+        self.ignored_members += other.ignored_members
+        self.invalid_files = list(dict.fromkeys(self.invalid_files + other.invalid_files))[:3]
+
+    def add_invalid(self, path: Path) -> None:
+        self.invalid += 1
+        if len(self.invalid_files) < 3 and str(path) not in self.invalid_files:
+            self.invalid_files.append(str(path))
+
+    def summary(self) -> str:
+        """What a user should know of, or an empty string."""
+        notes = [f"{self.empty:,} empty documents left out"] if self.empty else []
+        if self.invalid:
+            names = ", ".join(self.invalid_files)
+            notes.append(f"{self.invalid:,} documents with invalid UTF-8, replaced by U+FFFD (first: {names})")
+        if self.ignored_members:
+            notes.append(f"{self.ignored_members:,} members of tar files are not texts (.txt, .json) and were ignored")
+        return "; ".join(notes)
+
+
+def find_files(
+    inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[InputFile]:
+    """The files to read, in order. A file named outright is always taken; of a folder, those with a suffix of texts, or
+    those that match a glob of `include`, less those that match one of `exclude` (path within the folder, or a part).
+    """
+    found: list[Path] = []
+    for item in map(Path, inputs):
+        if item.is_file():
+            found.append(item)
+        elif item.is_dir():
+            found += _walk(item, include, exclude)
+        else:
+            raise ValueError(f"input {item} is not a file or a folder")
+    if not found:
+        suffixes = "a text suffix (.txt, .py, .jsonl, .txt.gz, .parquet, .tar, ...)"
+        wanted = f"matches {' '.join(include)}" if include else f"has {suffixes}"
+        raise ValueError(f"no file under {' '.join(map(str, inputs))} {wanted}: choose files with --include GLOB")
+    return [_checked(path) for path in dict.fromkeys(found)]
+
+
+def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        inside = Path(parent).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not _matches(inside / name, exclude))
+        for name in sorted(names):
+            path = inside / name
+            has_suffix = path.suffix.lower() in CONTAINER_SUFFIXES or _content_suffix(path) in TEXT_SUFFIXES
+            taken = _matches(path, include) if include else has_suffix
+            if taken and not _matches(path, exclude) and (folder / path).is_file():
+                yield folder / path
+
+
+def _matches(path: Path, globs: Sequence[str]) -> bool:
+    names = (path.as_posix(), *path.parts)
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
+
+
+def _content_suffix(path: Path) -> str:
+    inner = path.with_suffix("") if _is_compressed(path) else path
+    return inner.suffix.lower()
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSED_SUFFIXES
+
+
+def _checked(path: Path) -> InputFile:
+    """The file, which can be opened and is of a kind that can be read: before any work, not after hours of it."""
+    if path.suffix.lower() in _ARCHIVES:
+        raise ValueError(f"{path} is of a kind that is not read: unpack it first, or leave it out with --exclude")
+    if _is_compressed(path) and _content_suffix(path) in CONTAINER_SUFFIXES:
+        unpack = "gunzip -k" if path.suffix.lower() == ".gz" else "zstd -d"
+        raise ValueError(f"{path} is compressed as a whole: run `{unpack} {path}` first")
+    try:
+        with open(path, "rb") as file:
+            return InputFile(path, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): see its permissions, or leave it out with --exclude"
+        ) from None
+
+
+def cut(files: Sequence[InputFile], piece_bytes: int) -> list[Piece]:
+    """The files in pieces: an uncompressed JSONL file in ranges of `piece_bytes`, any other file whole."""
+    pieces = []
+    for file in files:
+        step = piece_bytes if file.path.suffix.lower() == ".jsonl" else file.bytes
+        starts = range(0, file.bytes, step) if file.bytes else [0]
+        pieces += [Piece(file.path, start, min(start + step, file.bytes)) for start in starts]
+    return pieces
+
+
+def sha256_of(piece: Piece) -> str:
+    """The hash of the piece's bytes on disk."""
+    digest, left = hashlib.sha256(), piece.end - piece.start
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        while left:
+            block = file.read(min(_BLOCK, left))
+            if not block:
+                raise ValueError(f"{piece.path} has become shorter since it was listed: leave it be, and start again")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def is_held_out(data: bytes, fraction: float) -> bool:
+    """Whether a document (its text in UTF-8) is of the validation split: by its hash, whatever its place or name."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") < fraction * 2**64
+
+
+def read_documents(
+    pieces: Sequence[Piece | InputFile], text_key: str, counts: Counts, strict: bool = False
+) -> Iterator[Document]:
+    """The documents of `pieces` that are not empty, in order, counted in `counts`.
+
+    `text_key` names the field of a JSON object, or the Parquet column, that holds the text. `ValueError` for what
+    cannot be read, with its file and place; with `strict` also for invalid UTF-8, else it is replaced and counted.
+    """
+    unreported = 0  # bytes of input whose documents were empty
+    for piece in pieces:
+        if isinstance(piece, InputFile):
+            piece = Piece(piece.path, 0, piece.bytes)
+        position = 0
+        for raw in _raw_documents(piece, text_key):
+            if isinstance(raw, readers.Ignored):
+                counts.ignored_members += 1
+                continue
+            unreported += raw.position - position
+            position = raw.position
+            if text := _text(raw, piece, text_key, counts, strict):
+                counts.documents += 1
+                source = f"{piece.path}, {raw.part}" if raw.part else str(piece.path)
+                yield Document(text, unreported, source)
+                unreported = 0
+            else:
+                counts.empty += 1
+
+
+def _raw_documents(piece: Piece, text_key: str) -> Iterator[readers.Raw | readers.Ignored]:
+    if piece.end == 0:
+        return iter([readers.Raw(b"", "", 0)])  # an empty file, of whatever kind, is an empty document
+    suffix = _content_suffix(piece.path)
+    if suffix == ".jsonl":
+        return _undamaged(readers.lines(piece.path, piece.start, piece.end), piece.path)
+    assert piece.start == 0, piece
+    if suffix == ".parquet":
+        return readers.rows(piece.path, text_key)
+    if suffix == ".tar":
+        return readers.members(piece.path)
+    return _undamaged(readers.whole(piece.path), piece.path)
+
+
+def _undamaged(raws: Iterator[readers.Raw], path: Path) -> Iterator[readers.Raw]:
+    try:
+        yield from raws
+    except readers.DAMAGE as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+
+
+def _text(raw: readers.Raw, piece: Piece, text_key: str, counts: Counts, strict: bool) -> str:
+    """The text of a raw document. `ValueError` with the file and the place of what is wrong with it."""
+    try:
+        text, is_valid = _decode(raw.data, strict)
+        if raw.is_json:
+            text, is_clean = _clean(_json_text(text, text_key), strict)
+            is_valid = is_valid and is_clean
+    except ValueError as error:
+        part = raw.part
+        if part.startswith("byte "):
+            part = f"line {readers.line_number(piece.path, int(part.removeprefix('byte ')))}"
+        raise ValueError(f"{piece.path}{part and ', '}{part}: {error}") from None
+    if not is_valid:
+        counts.add_invalid(piece.path)
+    return text
+
+
+def _decode(data: bytes, strict: bool) -> tuple[str, bool]:
+    try:
+        return data.decode("utf-8"), True
+    except UnicodeDecodeError as error:
+        if strict:
+            place = f"{error.reason}, byte {error.start:,} of it"
+            raise ValueError(f"invalid UTF-8 ({place}): --strict refuses it") from None
+        return data.decode("utf-8", "replace"), False
+
+
+def _json_text(data: str, text_key: str) -> str:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict) or text_key not in record:
+        keys = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"no field {text_key!r} (there is: {keys}); name it with --text-key")
+    if not isinstance(record[text_key], str):
+        raise ValueError(f"field {text_key!r} is not text; name the right one with --text-key")
+    return record[text_key]
+
+
+def _clean(text: str, strict: bool) -> tuple[str, bool]:
+    cleaned, halves = _SURROGATE.subn("\ufffd", text)
+    if halves and strict:
+        raise ValueError("half a character (a lone surrogate, which UTF-8 cannot hold): --strict refuses it")
+    return cleaned, not halves
