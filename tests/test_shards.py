@@ -101,7 +101,7 @@ def test_windows(tmp_path, documents, dtype, seq_len):
             count = chunk_tokens // seq_len
             numbers = np.arange(window, window + count)
             tokens, last_is_target = reader.read(np.full(count, shard), numbers, seq_len)
-            assert tokens.dtype == np.uint32 and tokens.shape == (count, seq_len + 1)
+            assert tokens.dtype == dtype and tokens.shape == (count, seq_len + 1)
             chunk = whole[position : position + chunk_tokens]
             np.testing.assert_array_equal(tokens[:, :-1].reshape(-1), chunk[: count * seq_len])
             for i in range(count):
@@ -131,7 +131,7 @@ def test_any_order_any_length_and_few_open_files(tmp_path, documents, dtype, mon
             np.testing.assert_array_equal(one[0], tokens[i])
             assert one_last[0] == last[i]
         reader.read(shard[::-1], window[::-1], seq_len)
-        np.testing.assert_array_equal(tokens, kept)  # the reused buffer does not show through
+        np.testing.assert_array_equal(tokens, kept)  # what was read stays as it was
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) <= before + 4
         fresh.close()

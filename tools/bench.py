@@ -259,7 +259,7 @@ def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
     """tools/write_shards.py on the standard library's text, all of its work included, against bare SentencePiece."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = copy_stdlib(folder, copies=8)
+        texts = copy_stdlib(folder, copies=4)
         tokenizer = train_tokenizer(folder / "tokenizer.model", texts)
         runs = {
             "bare SentencePiece, 1 thread": lambda: tokenizer.encode_batch(texts, num_threads=1),
@@ -293,9 +293,9 @@ def train_tokenizer(path: Path, texts: list[str]) -> Tokenizer:
 
 
 def write_shards(folder: Path, *options: str) -> float:
-    """Run the tool on folder/text, in parts of about 16 MiB; the most memory its process took, in MiB."""
+    """Run the tool on folder/text, in parts of about 4 MiB; the most memory its process took, in MiB."""
     shutil.rmtree(folder / "shards", ignore_errors=True)
-    line = ["--input", str(folder / "text"), "--tokenizer", str(folder / "tokenizer.model"), "--shard-mb", "8",
+    line = ["--input", str(folder / "text"), "--tokenizer", str(folder / "tokenizer.model"), "--shard-mb", "2",
             "--output", str(folder / "shards"), *options]  # fmt: skip
     return peak_memory(f"from tools.write_shards import main; main({line})")
 

@@ -44,16 +44,15 @@ class ShardReader:
         self._checked: dict[int, bytearray] = {}  # shard -> a flag for each chunk; outlives the open file
         self._starts: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()  # (shard, chunk) -> document starts
         self._starts_kept = 0
-        self._buffer = np.zeros((0, 0), dtype=self._dtype)
         self._lock = threading.Lock()
 
     def read(self, shard: np.ndarray, window: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows int64[k] of shards int64[k] -> tokens uint32[k, seq_len + 1], last_is_target bool[k].
+        """Windows int64[k] of shards int64[k] -> tokens [k, seq_len + 1] of the stored dtype, last_is_target bool[k].
 
         The last column is the token after the window; where the window ends its chunk, it is 0 and not a target.
         """
         with self._lock:
-            rows = self._rows(len(shard), seq_len + 1)
+            rows = np.empty((len(shard), seq_len + 1), dtype=self._dtype)
             last_is_target = np.ones(len(shard), dtype=bool)
             for i, (s, w) in enumerate(zip(shard.tolist(), window.tolist(), strict=True)):
                 opened = self._open.get(s) or self._shard(s)
@@ -64,7 +63,7 @@ class ShardReader:
                 if not whole:
                     row[-1], row, last_is_target[i] = 0, row[:-1], False
                 opened.fill(row, offset)
-            return rows.astype(np.uint32), last_is_target
+            return rows, last_is_target
 
     def read_segments(self, segments: Iterable[tuple[int, int, int, int, int]], target: np.ndarray) -> None:
         """Fill pieces of `target` (1-D, of the stored dtype) with tokens that each lie within one chunk.
@@ -100,11 +99,6 @@ class ShardReader:
         with self._lock:
             while self._open:
                 self._open.popitem()[1].close()
-
-    def _rows(self, count: int, width: int) -> np.ndarray:
-        if self._buffer.shape[1] != width or len(self._buffer) < count:
-            self._buffer = np.zeros((count, width), dtype=self._dtype)
-        return self._buffer[:count]
 
     def _shard(self, number: int) -> "_OpenShard":
         if number in self._open:

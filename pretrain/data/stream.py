@@ -34,7 +34,7 @@ class Rows:
     """
 
     sample_numbers: np.ndarray  # int64[b]
-    tokens: np.ndarray  # uint32[b, T + 1]
+    tokens: np.ndarray  # uint16 or uint32, as stored: [b, T + 1]
     is_target: np.ndarray  # bool[b, T]
     documents: np.ndarray | None = None  # int32[b, T + 1]
 

@@ -27,21 +27,29 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell i
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read; `bytes` is its size on disk."""
+    """A file to read; `bytes` is its size on disk. There may be millions: the name is kept as the little it is."""
 
-    path: Path
+    file: str
     bytes: int
 
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The bytes [start, end) of a file on disk: all, or of an uncompressed JSONL file the lines that start there."""
 
-    path: Path
+    file: str
     start: int
     end: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def _checked(path: Path) -> InputFile:
         raise ValueError(f"{path} is compressed as a whole: run `{unpack} {path}` first")
     try:
         with open(path, "rb") as file:
-            return InputFile(path, os.fstat(file.fileno()).st_size)
+            return InputFile(str(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): see its permissions, or leave it out with --exclude"
@@ -161,7 +169,7 @@ def cut(files: Sequence[InputFile], piece_bytes: int) -> list[Piece]:
     for file in files:
         step = piece_bytes if file.path.suffix.lower() == ".jsonl" else file.bytes
         starts = range(0, file.bytes, step) if file.bytes else [0]
-        pieces += [Piece(file.path, start, min(start + step, file.bytes)) for start in starts]
+        pieces += [Piece(file.file, start, min(start + step, file.bytes)) for start in starts]
     return pieces
 
 
@@ -195,7 +203,7 @@ def read_documents(
     unreported = 0  # bytes of input whose documents were empty
     for piece in pieces:
         if isinstance(piece, InputFile):
-            piece = Piece(piece.path, 0, piece.bytes)
+            piece = Piece(piece.file, 0, piece.bytes)
         position = 0
         for raw in _raw_documents(piece, text_key):
             if isinstance(raw, readers.Ignored):

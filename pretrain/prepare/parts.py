@@ -42,7 +42,7 @@ class Tally:
 
     def start(self, piece: Piece) -> dict:
         """The line of a piece; `documents`, `bytes` of text and `tokens` are what is written of it."""
-        facts = {"file": str(piece.path), "start": piece.start, "end": piece.end, "sha256": "",
+        facts = {"file": piece.file, "start": piece.start, "end": piece.end, "sha256": "",
                  "documents": 0, "bytes": 0, "tokens": 0}  # fmt: skip
         self.pieces.append(facts)
         return facts

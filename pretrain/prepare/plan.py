@@ -106,12 +106,12 @@ def make_plan(staging: Path, run: str, files: Sequence[InputFile], tokenizer: To
     part_bytes = max(1, settings.shard_tokens * BYTES_PER_TOKEN)
     evaluation = [_sha256(file.path.read_bytes()) for file in _evaluation_files(settings)]
     common = json.dumps([FORMAT, asdict(settings), tokenizer.sha256, evaluation])
-    stats = {file.path: (stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.path.stat())}
+    stats = {file.file: (stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file.file))}
     parts = []
     for pieces in _grouped(cut(files, part_bytes), part_bytes):
-        facts = [(os.path.abspath(piece.path), piece.start, piece.end, *stats[piece.path]) for piece in pieces]
+        facts = [(os.path.abspath(piece.file), piece.start, piece.end, *stats[piece.file]) for piece in pieces]
         key = _sha256(json.dumps([common, facts]).encode())
-        parts.append(Part(tuple(pieces), tuple(stats[piece.path] for piece in pieces), key))
+        parts.append(Part(tuple(pieces), tuple(stats[piece.file] for piece in pieces), key))
     return Plan(staging, run, settings, tokenizer.sha256, tuple(parts))
 
 

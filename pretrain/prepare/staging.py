@@ -110,8 +110,8 @@ def add_tokenizer(staging: Path, tokenizer: Tokenizer) -> None:
 
 def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manifest], Counts, Report]:
     """Turn the finished parts into the output: a manifest of each split, what was read, and what was left out."""
-    done = [plan.done(PARTS, number) for number in range(len(plan.parts))]
-    assert all(done)
+    # of the pieces of the input there may be millions: they are read again, a part at a time, when they are written
+    done = [_without_pieces(plan.done(PARTS, number)) for number in range(len(plan.parts))]
     counts, report = Counts(), Report()
     for entry in done:
         counts.merge(Counts(**entry["counts"]))
@@ -126,13 +126,17 @@ def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manif
     for split, manifest in zip(plan.settings.splits, manifests, strict=True):
         write_atomically(final / split / TOKENIZER_NAME, tokenizer.path.read_bytes())
         save(manifest, final / split)
-    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report, done)
+    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report)
     if report.summary():
         write_synced(final / REPORT_NAME, (json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     sync_folder(final)
     os.rename(final, output)
     sync_folder(output.parent)
     return manifests, counts, report
+
+
+def _without_pieces(done: dict) -> dict:
+    return {name: value for name, value in done.items() if name != "pieces"}
 
 
 def _final_shards(plan: Plan, split: str, done: list[dict], moves: list[tuple[str, str]]) -> list[Shard]:
@@ -199,7 +203,7 @@ def _undo_moves(staging: Path) -> None:
 
 
 def _write_inputs(
-    path: Path, plan: Plan, tokenizer: Tokenizer, manifests: list[Manifest], counts: Counts, report: Report, done: list
+    path: Path, plan: Plan, tokenizer: Tokenizer, manifests: list[Manifest], counts: Counts, report: Report
 ) -> None:
     """inputs.json, the manifest of what went in: the options, and each piece of the input with what became of it."""
     dropped = {reason: tally.documents for reason, tally in report.dropped.items() if tally.documents}
@@ -214,9 +218,14 @@ def _write_inputs(
             for split, manifest in zip(plan.settings.splits, manifests, strict=True)
         },
     }
-    pieces = ",\n".join(json.dumps(piece, ensure_ascii=False) for entry in done for piece in entry["pieces"])
-    head = json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}")
-    write_synced(path, f'{head},\n "inputs": [\n{pieces}\n ]\n}}\n'.encode())
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}") + ',\n "inputs": [\n')
+        for number in range(len(plan.parts)):
+            pieces = plan.done(PARTS, number)["pieces"]
+            file.write(",\n" * (number > 0) + ",\n".join(json.dumps(piece, ensure_ascii=False) for piece in pieces))
+        file.write("\n ]\n}\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def no_room(plan: Plan, error: OSError, output: Path) -> ValueError:
