@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import multiprocessing
 import shutil
 import statistics
@@ -277,13 +278,13 @@ def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
 
 
 def copy_stdlib(folder: Path, copies: int) -> list[str]:
-    """The standard library's modules in folder/text, some times over, each time in another folder; their texts."""
+    """The standard library's modules in folder/text, some times over, each time as a JSONL file; their texts."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
     texts = [file.read_text(errors="replace") for file in files if "site-packages" not in file.parts]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text").mkdir()
     for copy in range(copies):
-        (folder / "text" / str(copy)).mkdir(parents=True)
-        for number, text in enumerate(texts):
-            (folder / "text" / str(copy) / f"{number:05d}.py").write_text(text)
+        (folder / "text" / f"{copy}.jsonl").write_text(lines)
     return texts * copies
 
 
@@ -323,7 +324,7 @@ def bench_memory(dtype: torch.dtype, precision: str) -> None:
         "for _ in range(stream.epoch_samples // 32): next(batches)"
     )
     found: dict[str, list[float]] = {"writer": [], "reader": []}
-    for copies in (1, 10):
+    for copies in (3, 30):
         with tempfile.TemporaryDirectory() as name:
             texts = copy_stdlib(Path(name), copies)
             train_tokenizer(Path(name) / "tokenizer.model", texts)
