@@ -47,7 +47,7 @@ def train_loop(
         speed = train.global_batch_size * train.seq_len / seconds
         flops = speed * model_facts["flops_per_token"](train.seq_len)
         row = {
-            "step": step, "tokens": stream.consumed(step)[1], "loss": loss, "lr": lr, "grad_norm": grad_norm,
+            "step": step, "tokens": stream.progress(step)[1], "loss": loss, "lr": lr, "grad_norm": grad_norm,
             "tokens_per_second": speed, "step_seconds": seconds, "mfu": flops / model_facts["peak_flops"],
             "batch_hash": hashed,
         }  # fmt: skip

@@ -1,6 +1,7 @@
 """Mixtures and phases: exact shares, every source in its own order, the same batches for every world and resume."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_a_resume_with_another_plan_opens_a_phase_and_all_later_resumes_know_it(
     went_on = Stream(sources, changed, 5, options=options)
     went_on.resume(state, 7)
     assert [(p.from_step, p.from_sample, p.seq_len) for p in went_on.phases] == [(0, 0, 16), (7, 336, 32)]
-    assert went_on.consumed(10) == (336 + 3 * 24, 336 * 16 + 3 * 24 * 32)
+    assert went_on.progress(10) == (336 + 3 * 24, 336 * 16 + 3 * 24 * 32)
     later = Stream(sources, changed, 5, options=options)
     later.resume(json.loads(json.dumps(went_on.state(9))), 9)
     assert later.phases == went_on.phases
@@ -214,6 +215,14 @@ def test_a_resume_with_another_plan_opens_a_phase_and_all_later_resumes_know_it(
     batches.close()
     for step in (0, 6):  # the past can still be asked for
         np.testing.assert_array_equal(later.rows(later.numbers(step)).tokens, stream.rows(stream.numbers(step)).tokens)
+
+
+def test_a_source_too_short_for_a_row_is_no_trouble_while_it_has_no_weight(sources):
+    plan = [Phase(0, 1000, 2, (1.0, 0.0, 0.0)), Phase(3, 16, 48, (1.0, 1.0, 0.0))]
+    short = write_dataset(Path(sources[0].location).parent / "short", random_documents(60, 30, seed=4))
+    stream = Stream([sources[0], short, sources[2]], plan, 5)
+    assert [facts["rows"] for facts in stream.summary(2)][1] == 0
+    assert stream.phases[1].starts[1] == 0 and len(stream.rows(stream.numbers(3)).tokens) == 48
 
 
 def test_weights_that_cannot_be_kept_and_sources_that_are_too_small_are_refused(sources):

@@ -75,7 +75,8 @@ def _opened(before: list[Phase], phase: Phase, seed: int, epoch_samples: EpochSa
     samples = (phase.from_step - last.from_step) * last.global_batch_size
     starts = consumed(last, samples, seed)
     if phase.seq_len != last.seq_len:
-        epochs = [-(-count // epoch_samples(source, last.seq_len)) for source, count in enumerate(starts)]
+        sizes = [max(epoch_samples(source, last.seq_len), 1) for source in range(len(starts))]  # 0: it had no weight
+        epochs = [-(-count // size) for count, size in zip(starts, sizes, strict=True)]
         starts = tuple(e * epoch_samples(source, phase.seq_len) for source, e in enumerate(epochs))
     return replace(phase, from_sample=last.from_sample + samples, starts=starts)
 

@@ -51,7 +51,7 @@ class Windows:
         self.unused_tokens = reader.manifest.tokens - int(self.rows_per_shard.sum()) * seq_len
 
     def read(self, shard: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Rows int64[k] of shards int64[k] -> tokens [k, T + 1] as stored, is_target bool[k, T], documents int32[k, T + 1].
+        """Rows int64[k] of shards int64[k] -> tokens [k, T + 1], is_target bool[k, T], documents int32[k, T + 1].
 
         `documents` numbers the documents of a row from 0 on, -1 where there is none; None unless asked for.
         """

@@ -84,7 +84,7 @@ class Stream:
         for source, share, end in zip(self._sources, quotas(last.weights) / BLOCK, ends, strict=True):
             layout, rows = source.layout(last.seq_len), source.order(last.seq_len).epoch_samples
             facts.append({
-                "source": source.manifest.location, "share": float(share), "rows": rows, "epochs": end / rows,
+                "source": source.manifest.location, "share": float(share), "rows": rows, "epochs": end / max(rows, 1),
                 "fill_rate": layout.fill_rate, "unused_tokens": layout.unused_tokens,
             })  # fmt: skip
         return facts
@@ -118,7 +118,7 @@ class Stream:
         first = phase.from_sample + (step - phase.from_step) * phase.global_batch_size
         return np.arange(first + self._rank, first + phase.global_batch_size, self._world_size, dtype=np.int64)
 
-    def consumed(self, step: int) -> tuple[int, int]:
+    def progress(self, step: int) -> tuple[int, int]:
         """The samples and the row places (tokens of input) of all batches before `step`, over all ranks."""
         samples = tokens = 0
         for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
@@ -162,7 +162,7 @@ class Stream:
         """
         phases = [asdict(phase) for phase in self.phases if phase.from_step < max(step, 1)]
         quarantine = [[*place] for place in sorted(self.quarantine)]
-        return {"samples": self.consumed(step)[0]} | self._identity() | {"phases": phases, "quarantine": quarantine}
+        return {"samples": self.progress(step)[0]} | self._identity() | {"phases": phases, "quarantine": quarantine}
 
     def resume(self, state: dict, step: int) -> None:
         """Take up the history that a checkpoint of `step` keeps; a plan that says otherwise opens a new phase there.
