@@ -198,6 +198,18 @@ def test_resumes_at_random_steps_with_other_worlds_are_the_undisturbed_run(sourc
         assert found == expected, f"resumed at {first} and {second} with worlds {worlds}"
 
 
+def test_resumes_where_an_epoch_or_a_phase_ends(sources, options):
+    expected = hashes(sources, options, 1, 0, STEPS)
+    stream = Stream(sources, PLAN, 5, options=options)
+    epochs = [{(p["source"], p["epoch"]) for p in stream.places(stream.numbers(step))} for step in range(STEPS)]
+    turns = [step for step in range(1, STEPS) if not epochs[step] <= epochs[step - 1]]
+    assert len(turns) > 3 and {11, 17} & set(turns) == {17}  # a new length begins new epochs, new weights do not
+    for step in {11, 17, *turns[:3], turns[-1]}:
+        for start in (step, step + 1):  # before the batch that turns over, and after it
+            state = json.loads(json.dumps(Stream(sources, PLAN, 5, options=options).state(start)))
+            assert hashes(sources, options, 3, start, STEPS, state) == expected[start:]
+
+
 def test_a_resume_with_another_plan_opens_a_phase_and_all_later_resumes_know_it(sources):
     options = StreamOptions()
     stream = Stream(sources, [Phase(0, 16, 48, (1.0, 1.0, 1.0))], 5, options=options)
