@@ -13,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.data import manifest as manifests
+from pretrain.data import order as order_module
+from pretrain.data import stream as stream_module
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Phase
 from pretrain.data.objectives import IGNORE, OBJECTIVES
+from pretrain.data.remote import CacheSettings
 from pretrain.data.source import StreamOptions
 from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
 from tests.data_helpers import random_documents, write_dataset
+from tests.http_store import serve
 
 SEQ_LEN = 32
 BATCH = 24
@@ -235,3 +240,26 @@ def test_causal_lm():
     assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]] and inputs.dtype == labels.dtype == np.int64
     assert labels.tolist() == [[2, 3, 4], [6, 7, IGNORE]]
     assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
+
+
+def test_remote_shards_are_fetched_ahead_in_the_order_of_their_use_and_no_others(tmp_path, monkeypatch):
+    """On a small order of one lane and short blocks, so that a batch is of few shards."""
+    monkeypatch.setattr(order_module, "LANES", 1)
+    monkeypatch.setattr(order_module, "BLOCK", 40)
+    monkeypatch.setattr(stream_module, "FETCH_BATCHES", 10)
+    local = write_dataset(tmp_path / "data", random_documents(240, 400))
+    with serve(local.folder) as server:
+        remote = manifests.load(server.url, CacheSettings(tmp_path / "cache", 10**9))
+        stream = make(remote, prefetch_batches=1)
+        used = [[place["shard"] for place in make(local).places(stream.numbers(step))] for step in range(40)]
+        read, soon = set().union(*used[:3]), set().union(*used[:10])  # one batch taken, one waiting, one in hand
+        later = set().union(*used[14:]) - set().union(*used[:14])
+        batches = stream.batches(0)
+        next(batches)
+        deadline = time.monotonic() + 20
+        while not soon <= server.requests.keys() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        fetched = {name for name in server.requests if name.endswith(".tar")}
+        batches.close()
+    assert read < soon <= fetched and later and not later & fetched
+    assert all(server.requests[name] == 1 for name in fetched)
