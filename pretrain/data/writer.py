@@ -107,8 +107,6 @@ class DatasetWriter:
         self._text_bytes = 0
         self._shard: ShardWriter | None = None
         self.shards: list[Shard] = []
-        self.docs = 0
-        self.tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
         """Append one document (its special tokens included), `text_bytes` bytes of text."""
@@ -124,8 +122,6 @@ class DatasetWriter:
             done += len(part)
             if self._filled == len(self._chunk):
                 self._flush(continues_after=done < len(tokens))
-        self.docs += 1
-        self.tokens += len(tokens)
         self._text_bytes += text_bytes
         if self._shard.tokens + self._filled >= self._shard_tokens:
             self._close_shard()
