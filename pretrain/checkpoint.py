@@ -24,7 +24,7 @@ import torch
 from pretrain.config import ModelConfig
 from pretrain.dist import ALONE, Ranks, all_gather_objects, new_cpu_group
 from pretrain.engine import WEIGHT, Fragment
-from pretrain.files import sync_folder, write_synced
+from pretrain.files import sha256_of_file, sync_folder, write_synced
 from pretrain.model.heads import LanguageModel
 
 FORMAT = 1
@@ -313,14 +313,6 @@ def _verify_file(folder: Path, expected: dict) -> None:
         raise ValueError(f"{path} is missing")
     if path.stat().st_size != expected["bytes"]:
         raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-    digest = _sha256(path)
+    digest = sha256_of_file(path)
     if digest != expected["sha256"]:
         raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {expected['sha256'][:16]}...")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,7 +1,11 @@
 """Files that are there complete or not at all, whatever crashes."""
 
+import errno
+import hashlib
 import os
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says when a disk is full
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -27,3 +31,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256_of_file(path: Path) -> str:
+    """The sha256 of a file, read in blocks."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

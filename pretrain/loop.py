@@ -83,8 +83,8 @@ def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device
 def agree_on_state(stream: Stream, step: int, told: set, log: Log) -> dict:
     """The stream's state after `step` steps, with what any rank has put in quarantine; what is new becomes an event."""
     found = set().union(*all_gather_objects(stream.quarantine))
-    for source, shard, chunk in sorted(found - told):
-        log.event("quarantined", step=step, source=source, shard=shard, chunk=chunk)
+    for place in sorted(found - told):
+        log.event("quarantined", step=step, **stream.describe(place))
     told |= found
     stream.adopt_quarantine(found)
     return stream.state(step)

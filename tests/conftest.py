@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm_cluster import SlurmCluster, why_not
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     "model=llama_tiny", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2",
@@ -109,3 +111,12 @@ def tool(environment):
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Real Slurm daemons, where they are installed and the user is root."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

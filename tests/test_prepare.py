@@ -24,7 +24,6 @@ from pretrain.prepare.documents import find_files
 from pretrain.prepare.plan import Settings, make_plan
 from pretrain.prepare.workers import Executor, _Task
 from tests.data_helpers import python_like_text
-from tests.slurm_cluster import SlurmCluster, why_not
 from tools import write_shards
 
 ROOT = Path(__file__).parent.parent
@@ -535,14 +534,6 @@ def test_refused_options(source, tokenizer, tmp_path):
                  ["--cluster", "slurm", "--cluster-option", "not an option=3"]):  # fmt: skip
         refused(*argv)
     assert write_shards.option("mem=8GB") == ("mem", "8GB") and write_shards.option("nodes=2") == ("nodes", 2)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if reason := why_not():
-        pytest.skip(reason)
-    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 @pytest.mark.slurm

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import SlurmCluster, why_not
-
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slurm
 STEPS = 60
@@ -16,14 +14,6 @@ TINY = (
     "model=llama_tiny", f"train.steps={STEPS}", "train.global_batch_size=8", "train.micro_batch_size=4",
     "train.seq_len=128", "train.save_every=0", "train.eval_every=0", "log=none", "deepspeed=zero2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if reason := why_not():
-        pytest.skip(reason)
-    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

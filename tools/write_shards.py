@@ -29,6 +29,7 @@ from pretrain.cli import run_tool
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.writer import token_dtype
+from pretrain.files import NO_ROOM
 from pretrain.prepare import duplicates, staging
 from pretrain.prepare.documents import Counts, find_files
 from pretrain.prepare.filters import FilterSettings, Report
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             work(plan, PARTS, write_part, "tokenizing", args)
             result = staging.assemble(plan, tokenizer, output)
         except OSError as error:
-            if error.errno in staging.NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise staging.no_room(plan, error, output) from None
             raise
         finally:

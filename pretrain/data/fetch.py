@@ -4,9 +4,7 @@ fsspec does the reading, with its own backends: aiohttp (http, https), s3fs and 
 They take credentials from the environment.
 """
 
-import errno
 import functools
-import hashlib
 import logging
 import os
 import random
@@ -17,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import NO_ROOM, sha256_of_file
+
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs"}  # scheme -> what to install: pretrain[...]
 ATTEMPTS = 5
 BACKOFF_SECONDS = (0.5, 8.0)  # before the second attempt, and at most; doubled each time
 STALL_SECONDS = 30.0  # without a byte, and the attempt has failed
 SMALL_FILE_BYTES = 1 << 30  # an index of millions of shards is smaller; a body without an end is not
 RANGE_BYTES = 8 << 20  # s3 is read in ranges of this size, four at a time
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JITTER = random.Random()  # our own, so that nobody's seeded numbers change
 
 
@@ -57,14 +56,6 @@ def fetch(url: str, path: Path, size: int | None, sha256: str | None) -> None:
         _check_body(path, size, sha256)
 
     _with_retries(url, attempt)
-
-
-def sha256_of(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def say(text: str) -> None:
@@ -123,7 +114,7 @@ def _check_body(path: Path, size: int | None, sha256: str | None) -> None:
     found = path.stat().st_size
     if size is not None and found != size:
         raise _WrongBody(f"{found:,} bytes came where the index says {size:,}")
-    if sha256 is not None and (digest := sha256_of(path)) != sha256:
+    if sha256 is not None and (digest := sha256_of_file(path)) != sha256:
         raise _WrongBody(f"wrong content: sha256 {digest[:12]} where the index says {sha256[:12]}")
 
 

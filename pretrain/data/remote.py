@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from pretrain.data import cache as files
 from pretrain.data import fetch
+from pretrain.files import NO_ROOM, sha256_of_file
 
 SCHEMES = ("file", "http", "https", "s3", "gs")
 NOTICE_SECONDS = 1.0  # a wait longer than this is told, once
@@ -140,7 +141,7 @@ class RemoteStore(Store):
             return part.commit(final, self._cache)
         except BaseException as error:
             part.drop()
-            if isinstance(error, OSError) and error.errno in fetch.NO_ROOM:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 needed = f"it needs {size:,} bytes" if size is not None else "it is a small file"
                 raise ValueError(
                     f"no room for {self._url(name)} in {self._cache} ({error.strerror}; {needed}): make room there, "
@@ -190,7 +191,7 @@ def _checked_address(scheme: str, location: str) -> str:
 
 
 def _is_cached(path: Path, sha256: str | None) -> bool:
-    return sha256 is not None and path.is_file() and fetch.sha256_of(path) == sha256
+    return sha256 is not None and path.is_file() and sha256_of_file(path) == sha256
 
 
 class _Prefetcher:

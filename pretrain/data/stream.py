@@ -184,6 +184,12 @@ class Stream:
         """(source, shard, chunk) of the chunks found damaged and read no more."""
         return {(number, *place) for number, source in enumerate(self._sources) for place in source.bad}
 
+    def describe(self, place: tuple[int, int, int]) -> dict:
+        """A (source, shard, chunk) by the names of its source and shard."""
+        source, shard, chunk = place
+        manifest = self._sources[source].manifest
+        return {"source": manifest.location, "shard": manifest.shards[shard].name, "chunk": chunk}
+
     def adopt_quarantine(self, places: Iterable[tuple[int, int, int]]) -> None:
         """Read these chunks no more, whatever they hold: other ranks, or the run before, found them damaged."""
         for source, shard, chunk in places:

@@ -28,7 +28,6 @@ from pretrain.prepare.plan import PARTS, RUN_NAME, SIGNED, Plan
 FINAL, MOVES_NAME = "final", "moves.json"
 INPUTS_NAME, REPORT_NAME = "inputs.json", "report.json"
 INPUTS_FORMAT = 1
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
