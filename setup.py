@@ -43,6 +43,7 @@ setup(
         "http": ["aiohttp"],  # shards on http(s)://
         "s3": ["s3fs"],
         "gs": ["gcsfs"],
+        "hf": ["transformers>=5.20,<6", "tokenizers"],  # Hugging Face models and tokenizers, in and out
         # write_shards.py: Parquet, near-duplicates, telephone numbers, Slurm arrays
         "prepare": ["pyarrow", "datasketch>=2", "phonenumbers", "submitit"],
         "dev": ["pytest", "ruff", "moto[s3]", "flask", "flask-cors"],

@@ -3,45 +3,33 @@
 A checkpoint is a folder `step-000001000` of one safetensors file a rank and a `manifest.json` that lists every
 fragment, its file and each file's sha256. Any ZeRO stage at any number of ranks loads it: a rank fills the fragments it
 owns from whichever saved ones overlap them. A visible folder is complete: it is staged under another name and renamed
-last. Nothing is pickled.
+last. Nothing is pickled. One that holds weights only, such as an imported model, is where a new run can start.
 """
 
 import functools
 import hashlib
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
 from pretrain.config import ModelConfig
 from pretrain.dist import ALONE, Ranks, all_gather_objects, new_cpu_group
 from pretrain.engine import WEIGHT, Fragment
-from pretrain.files import sha256_of_file, sync_folder, write_synced
-from pretrain.model.heads import LanguageModel
+from pretrain.files import check_room, sync_folder, write_synced
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.saved import MANIFEST, Header, Reader, fragment_key, manifest_bytes, read_manifest, verify_file
+from pretrain.tensors import Spec, serialize, split, write_file
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 STAGING, DISCARDED, BAD = ".staging-", ".discarded-", "bad-"
 ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a checkpoint says besides its fragments. `state` is the stream's; `model` has its vocabulary filled in."""
-
-    step: int
-    optimizer: str
-    optimizer_steps: int
-    state: dict
-    model: dict
+NO_OPTIMIZER = "none"
+WEIGHTS_FILE_BYTES = 4 << 30  # of a checkpoint that holds weights only; its files are verified by the ranks in parallel
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -70,7 +58,7 @@ class Checkpoints:
         """Copy the fragments and write them in the background, after the save before is done. On all ranks."""
         self.wait()
         owned = list(fragments)
-        tensors = {_key(f.name, f.kind, f.offset): f.values.detach().to("cpu", copy=True) for f in owned}
+        tensors = {fragment_key(f.name, f.kind, f.offset): f.values.detach().to("cpu", copy=True) for f in owned}
         listing = {
             "fragments": [[f.name, f.kind, f.offset, f.values.numel()] for f in owned],
             "shapes": {f.name: list(f.shape) for f in owned},
@@ -97,11 +85,11 @@ class Checkpoints:
         try:
             payload = b""
 
-            def serialize() -> None:
+            def pack() -> None:
                 nonlocal payload
-                payload = safetensors.torch.save(tensors) if tensors else b""
+                payload = serialize(tensors) if tensors else b""
 
-            error = self._agree(serialize)
+            error = self._agree(pack)
             tensors.clear()
             if not error:
                 file = f"rank-{self.ranks.rank:05d}.safetensors"
@@ -141,15 +129,13 @@ class Checkpoints:
     def _prepare(self, staging: Path, size: int) -> None:
         if not self.ranks.is_main:
             return
-        free = shutil.disk_usage(self.folder).free
-        if free < size * 1.02 + 2**20:
-            raise OSError(f"{self.folder} has {free / 1e9:.2f} GB free, the checkpoint needs {size / 1e9:.2f} GB")
+        check_room(self.folder, size, "the checkpoint")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
 
     def _read_back(self, staging: Path, files: list[dict]) -> None:
         """Each rank reads the next rank's file: what was meant is what another process sees."""
-        _verify_file(staging, files[(self.ranks.rank + 1) % self.ranks.world_size])
+        verify_file(staging, files[(self.ranks.rank + 1) % self.ranks.world_size])
 
     def _commit(self, staging: Path, final: Path, header: Header, files: list[dict]) -> None:
         if not self.ranks.is_main:
@@ -157,12 +143,7 @@ class Checkpoints:
         shapes = {name: shape for file in files for name, shape in file["shapes"].items()}
         keys = ("name", "bytes", "sha256", "fragments")
         listed = [{key: file[key] for key in keys} for file in files if file["bytes"]]
-        body = {"format": FORMAT, **asdict(header), "parameters": shapes, "files": listed}
-        manifest = {**body, "manifest_sha256": _digest(body)}
-        write_synced(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
-        sync_folder(staging)
-        os.rename(staging, final)
-        sync_folder(self.folder)
+        _commit(staging, final, header, shapes, listed)
 
     def _retire(self) -> None:
         """Remove all but the newest; what cannot be removed now is left, and harms no save."""
@@ -187,49 +168,32 @@ def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | 
     return None
 
 
-def verify(checkpoint: Path, ranks: Ranks = ALONE) -> None:
-    """Raise `ValueError` when a file of this rank's share is missing, short or changed."""
+def verify(
+    checkpoint: Path, ranks: Ranks = ALONE, on_bytes: Callable[[int], object] = lambda count: None
+) -> None:
+    """Raise `ValueError` when a file of this rank's share is missing, short or changed. `on_bytes`: what was read."""
     for file in read_manifest(checkpoint)["files"][ranks.rank :: ranks.world_size]:
-        _verify_file(checkpoint, file)
-
-
-def read_manifest(checkpoint: Path) -> dict:
-    """The manifest, its own hash checked."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        digest = manifest.pop("manifest_sha256")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
-    if digest != _digest(manifest):
-        raise ValueError(f"{checkpoint / MANIFEST} was changed after it was written")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{checkpoint} has format {manifest['format']}, this version reads {FORMAT}")
-    return manifest
+        verify_file(checkpoint, file)
+        on_bytes(file["bytes"])
 
 
 def read_header(checkpoint: Path) -> Header:
-    manifest = read_manifest(checkpoint)
-    return Header(**{name: manifest[name] for name in Header.__dataclass_fields__})
+    return Reader(checkpoint).header
 
 
 def load(checkpoint: Path, fragments: Iterable[Fragment]) -> Header:
     """Fill the fragments from the overlapping saved ones, read lazily. `Engine.refresh` must follow."""
-    reader = _Reader(checkpoint)
+    reader = Reader(checkpoint)
     for fragment in fragments:
+        if fragment.kind != WEIGHT and reader.header.optimizer == NO_OPTIMIZER:
+            run = run_of(checkpoint)
+            raise ValueError(f"{checkpoint} holds weights only, training cannot go on from it: start a new run with "
+                             f"init={run} instead")  # fmt: skip
         shape = reader.manifest["parameters"].get(fragment.name)
         if shape != list(fragment.shape):
             raise ValueError(f"{checkpoint}: {fragment.name} has shape {shape}, the model {list(fragment.shape)}")
         reader.fill(fragment.name, fragment.kind, fragment.offset, fragment.values)
-    return read_header(checkpoint)
-
-
-def weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, full fp32 tensor) of each parameter, one at a time: memory is bounded by the largest."""
-    reader = _Reader(checkpoint)
-    for name, shape in reader.manifest["parameters"].items():
-        full = torch.empty(shape, dtype=torch.float32)
-        reader.fill(name, WEIGHT, 0, full.view(-1))
-        yield name, full
+    return reader.header
 
 
 def run_of(run_or_checkpoint: Path) -> Path:
@@ -247,53 +211,96 @@ def newest(run_or_checkpoint: Path) -> Path:
     return found[0]
 
 
-def load_model(run_or_checkpoint: Path) -> LanguageModel:
+class Weights:
+    """The fp32 weights of a checkpoint, or of a run's newest one, whole or in parts, read when they are asked for."""
+
+    def __init__(self, run_or_checkpoint: Path):
+        self.checkpoint = newest(run_or_checkpoint)
+        self._reader = Reader(self.checkpoint)
+        self.header = self._reader.header
+        if differing := set(self.header.model) ^ set(ModelConfig.__dataclass_fields__):
+            raise ValueError(f"{self.checkpoint} is of another version, whose models have other settings than this "
+                             f"one's: {', '.join(sorted(differing))}")  # fmt: skip
+        self.config = ModelConfig(**self.header.model)
+        self.shapes = parameter_shapes(self.config)
+        saved = {name: tuple(shape) for name, shape in self._reader.manifest["parameters"].items()}
+        both = {**self.shapes, **saved}
+        if wrong := [name for name in both if saved.get(name) != self.shapes.get(name)]:
+            listed = "; ".join(f"{name} has {saved.get(name)}, not {self.shapes.get(name)}" for name in wrong[:4])
+            raise ValueError(f"{self.checkpoint}: {len(wrong)} shapes differing from its model's config: {listed}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter."""
+        return self.read_range(name, 0, torch.Size(self.shapes[name]).numel()).view(self.shapes[name])
+
+    def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
+        """[offset, offset + numel) of the flat parameter; nothing else of it is read."""
+        values = torch.empty(numel, dtype=torch.float32)
+        self._reader.fill(name, WEIGHT, offset, values)
+        return values
+
+
+def weights(run_or_checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, full fp32 tensor) of each parameter, one at a time: memory is bounded by the largest."""
+    found = Weights(run_or_checkpoint)
+    for name in found.shapes:
+        yield name, found.read(name)
+
+
+def load_model(run_or_checkpoint: Path) -> torch.nn.Module:
     """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
     path = newest(run_or_checkpoint)
     verify(path)
-    model = LanguageModel(ModelConfig(**read_header(path).model)).eval().requires_grad_(False)
+    model = build_model(Weights(path).config).eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
     for name, full in weights(path):
         parameters[name].copy_(full)
     return model
 
 
-class _Reader:
-    """Ranges of parameters out of a checkpoint's files, whichever fragments hold them."""
+def write_weights(
+    run_folder: Path, model: ModelConfig, read: Callable[[str], torch.Tensor],
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Path:  # fmt: skip
+    """Commit a first checkpoint of a run's folder that holds weights only, `read(name)` of each parameter in turn.
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint, self.manifest = checkpoint, read_manifest(checkpoint)
-        self.index: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        self.open: dict[str, safetensors.safe_open] = {}
-        for file in self.manifest["files"]:
-            for name, kind, offset, numel in file["fragments"]:
-                self.index.setdefault((name, kind), []).append((offset, numel, file["name"]))
+    `on_bytes` is told of what is written. Whatever ends it early, nothing is left.
+    """
+    folder, shapes = Path(run_folder) / "checkpoints", parameter_shapes(model)
+    final = step_folder(folder, 0)
+    staging = final.with_name(STAGING + final.name)
+    sizes = {fragment_key(name, WEIGHT, 0): (name, torch.Size(shape).numel()) for name, shape in shapes.items()}
 
-    def fill(self, name: str, kind: str, offset: int, values: torch.Tensor) -> None:
-        """values <- [offset, offset + numel) of the flat parameter."""
-        end, filled = offset + values.numel(), 0
-        for start, numel, file in self.index.get((name, kind), []):
-            low, high = max(offset, start), min(end, start + numel)
-            if low < high:
-                piece = self._file(file).get_slice(_key(name, kind, start))[low - start : high - start]
-                values[low - offset : high - offset].copy_(piece)
-                filled += high - low
-        if filled != values.numel():
-            raise ValueError(f"{self.checkpoint} holds {filled} of {values.numel()} numbers of {name} ({kind})")
+    def read_flat(key: str) -> torch.Tensor:
+        name = sizes[key][0]
+        full = read(name)
+        assert tuple(full.shape) == shapes[name], f"{name}: {tuple(full.shape)} is not {shapes[name]}"
+        return full.reshape(-1)
 
-    def _file(self, name: str) -> safetensors.safe_open:
-        if name not in self.open:
-            self.open[name] = safetensors.safe_open(self.checkpoint / name, framework="pt")
-        return self.open[name]
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        check_room(folder, sum(4 * numel for _, numel in sizes.values()), "the checkpoint")
+        specs, files = [Spec(key, torch.float32, (numel,)) for key, (_, numel) in sizes.items()], []
+        for number, part in enumerate(split(specs, WEIGHTS_FILE_BYTES)):
+            file = write_file(staging / f"weights-{number:05d}.safetensors", part, read_flat, on_bytes)
+            fragments = [[sizes[key][0], WEIGHT, 0, sizes[key][1]] for key in file.tensors]
+            files.append({"name": file.name, "bytes": file.bytes, "sha256": file.sha256, "fragments": fragments})
+            verify_file(staging, files[-1])
+        header = Header(0, NO_OPTIMIZER, 0, {}, asdict(model))
+        _commit(staging, final, header, {name: list(shape) for name, shape in shapes.items()}, files)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return final
 
 
-def _key(name: str, kind: str, offset: int) -> str:
-    """The name of a fragment's tensor in its file."""
-    return f"{name}:{kind}:{offset}"
-
-
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _commit(staging: Path, final: Path, header: Header, shapes: dict[str, list[int]], files: list[dict]) -> None:
+    """Write the manifest of a staged checkpoint and make it visible."""
+    write_synced(staging / MANIFEST, manifest_bytes(header, shapes, files))
+    sync_folder(staging)
+    os.rename(staging, final)
+    sync_folder(final.parent)
 
 
 def _error_of(action: Callable[[], None]) -> str | None:
@@ -303,16 +310,3 @@ def _error_of(action: Callable[[], None]) -> str | None:
     except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _verify_file(folder: Path, expected: dict) -> None:
-    if not expected["bytes"]:
-        return
-    path = folder / expected["name"]
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-    digest = sha256_of_file(path)
-    if digest != expected["sha256"]:
-        raise ValueError(f"{path} has sha256 {digest[:16]}..., the manifest says {expected['sha256'][:16]}...")

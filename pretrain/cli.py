@@ -1,7 +1,9 @@
 """How every command line of the project ends: one clear message and exit code 2 for a user's mistake, no traceback."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -14,3 +16,17 @@ def run_tool(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A polite signal ends the work like Ctrl-C, with what it started and what it left half done."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

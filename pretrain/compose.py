@@ -7,6 +7,7 @@ nearest right name.
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pretrain.config import Config, check
+from pretrain.checks import check
+from pretrain.config import Config
+
+ReadModel = Callable[[str], dict[str, Any]]
 
 
 def conf_folder() -> Path:
@@ -27,10 +31,10 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def from_command_line(config_name: str) -> Config | None:
+def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     """Compose `conf/<config_name>.yaml` with the command line; None when that asked for --help or --cfg only.
 
-    A user's mistake raises `ValueError`.
+    `read_model` gives the model that a run has, for `init`. A user's mistake raises `ValueError`.
     """
     # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
@@ -50,7 +54,8 @@ def from_command_line(config_name: str) -> Config | None:
     cfg, hydra_config = composed[0]
     if len(composed) > 1 or hydra_config.mode.name != "RUN":
         raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-    return from_hydra(cfg, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
+    overrides, choices = tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices)
+    return from_hydra(_with_its_model(cfg, overrides, choices, read_model), overrides, choices)
 
 
 def compose(config_name: str, overrides: list[str]) -> Config:
@@ -83,6 +88,26 @@ def from_hydra(cfg: Any, overrides: tuple[str, ...] = (), choices: dict[str, str
         raise ValueError(_explain_key(error, overrides, choices or {})) from error
     check(config)
     return config
+
+
+def _with_its_model(cfg: Any, overrides: tuple[str, ...], choices: dict[str, str], read_model: ReadModel) -> Any:
+    """A run that starts from another one has the model of that one, with what the command line says about it.
+
+    Other runs take the vocabulary of their tokenizer, not the one a preset was published with.
+    """
+    if not cfg.init:
+        said = _source("model.vocab_size", overrides, choices)
+        if not said.startswith(("the command line", "conf/experiment")):
+            cfg.model.vocab_size = 0
+        return cfg
+    if any(override.lstrip("+").startswith("model=") for override in overrides):
+        raise ValueError(f"init={cfg.init} brings its own model: leave model=... out")
+    brought = read_model(cfg.init)
+    for override in overrides:
+        section, _, key = override.lstrip("+").partition("=")[0].partition(".")
+        if section == "model" and key in brought:
+            brought[key] = cfg.model[key]
+    return OmegaConf.merge({**cfg, "model": None}, {"model": brought})
 
 
 def read(path: Path) -> Config:
@@ -124,10 +149,14 @@ def _explain_key(error: OmegaConfBaseException, overrides: tuple[str, ...], choi
 
 def _origin(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
     """The override or the YAML file that a key came from, for messages."""
+    return f"(from {_source(key, overrides, choices)})"
+
+
+def _source(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
     for override in overrides:
         name = override.lstrip("+~").partition("=")[0]
         if name and name not in choices and (key == name or key.startswith(name + ".")):
-            return f"(from the command line: {override})"
+            return f"the command line: {override}"
     parts = key.split(".")
     candidates = [("experiment/" + choices["experiment"], parts)] if choices.get("experiment") else []
     if choices.get(parts[0]):
@@ -138,8 +167,8 @@ def _origin(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> st
         for part in path:
             node = node[part] if isinstance(node, dict) and part in node else None
         if node is not None:
-            return f"(from conf/{name}.yaml)"
-    return "(from the config files)"
+            return f"conf/{name}.yaml"
+    return "the config files"
 
 
 def _schema_keys(section: type, prefix: str = "") -> list[str]:

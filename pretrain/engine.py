@@ -116,8 +116,9 @@ class Engine:
         tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
 
         The gradient is that of the mean over all targets of the global batch, however it is split: DeepSpeed averages
-        over the ranks, so each row's sum is scaled by ranks / targets.
+        over the ranks, so each row's sum is scaled by ranks / targets. A batch may happen to have none: its loss is 0.
         """
+        targets = max(targets, 1)
         for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
         self.engine.train()
@@ -136,10 +137,13 @@ class Engine:
         return all_reduce_sum(total.cpu()).item() / targets, float(norm)
 
     @torch.no_grad()
-    def evaluate(self, *micro_batch: torch.Tensor) -> torch.Tensor:
-        """Summed loss of each row [b], fp64 on the CPU. Under ZeRO-3 every rank must call it equally often."""
+    def evaluate(self, score_rows: LossRows, *micro_batch: torch.Tensor) -> torch.Tensor:
+        """What `score_rows(model, *micro_batch)` says of each row [b, ...], fp64 on the CPU.
+
+        Under ZeRO-3 every rank must call it equally often.
+        """
         self.engine.eval()
-        return self.loss_rows(self.engine, *micro_batch).double().cpu()
+        return score_rows(self.engine, *micro_batch).double().cpu()
 
     def fragments(self) -> Iterator[Fragment]:
         """All that this rank owns: together the ranks own every element exactly once (stage 0: all of it, each)."""

@@ -1,8 +1,10 @@
 """Files that are there complete or not at all, whatever crashes."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says when a disk is full
@@ -40,3 +42,21 @@ def sha256_of_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def lock(handle: int, busy: str) -> None:
+    """Lock an open folder for this process alone until it is closed; `ValueError` (`busy`) when another has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(busy) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
+            raise
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise `OSError` when the disk has less room than `what` of `size` bytes needs."""
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.02 + 2**20:
+        raise OSError(f"{folder} has {free / 1e9:.2f} GB free, {what} needs {size / 1e9:.2f} GB")

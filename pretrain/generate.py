@@ -53,12 +53,13 @@ def continue_text(
     top_p: float = 0.95, seed: int = 0,
 ) -> Iterator[str]:  # fmt: skip
     """Pieces of text that continue `prompt`; joined, they decode exactly as the ids do."""
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    ids = [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.suffix[-1]]  # what a text begins after
     check_sampling(model, ids, max_tokens, temperature, top_p)
-    written, said = [], ""
-    for chosen in sample_ids(model, ids, max_tokens, temperature, top_p, seed, tokenizer.eos):
+    stop = tokenizer.suffix[-1] if tokenizer.eos is None else tokenizer.eos
+    written, said = tokenizer.encode(prompt), tokenizer.decode(tokenizer.encode(prompt))
+    for chosen in sample_ids(model, ids, max_tokens, temperature, top_p, seed, stop):
         written.append(chosen)
-        text = tokenizer.decode(written)
+        text = tokenizer.decode(written)  # with the prompt: some decoders drop the space of a first word
         if not text.endswith("\ufffd"):  # the bytes of a character may still be coming
             yield text[len(said) :]
             said = text

@@ -154,8 +154,8 @@ class _Console:
         if not self.enabled:
             return
         if row.get("val_loss") is not None:
-            per_byte = row.get("val_bits_per_byte")
-            more = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
+            forms = {"val_bits_per_byte": ", {:.4f} bits per byte", "val_accuracy": ", {:.1%} of masked tokens right"}
+            more = "".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
             self.say(f"step {row['step']:,}: validation loss {row['val_loss']:.4f}{more}")
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(row), refresh=False)

@@ -23,7 +23,7 @@ EVENTS = 200
 NOISY = ("loss", "grad_norm", "tokens_per_second", "mfu")
 COLUMNS = (
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "val_loss",
-    "val_bits_per_byte",
+    "val_bits_per_byte", "val_accuracy",
 )  # fmt: skip
 # Drawn in these colours, which the style sheet's variables then replace, so that curves follow the reader's theme.
 INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
@@ -109,7 +109,8 @@ def _tiles(metrics: dict[str, np.ndarray]) -> str:
         if math.isfinite(value):
             tiles.append(f"<div><dt>{label}</dt><dd>{form.format(value)}</dd><small>{note}</small></div>")
 
-    loss, val_loss, bits = (_finite(metrics[name]) for name in ("loss", "val_loss", "val_bits_per_byte"))
+    names = ("loss", "val_loss", "val_bits_per_byte", "val_accuracy")
+    loss, val_loss, bits, accuracy = (_finite(metrics[name]) for name in names)
     tail = max(1, min(50, loss.size // 20))
     if loss.size:
         tile("Training loss", loss[-tail:].mean(), "{:.3f}", f"mean of the last {tail}" if tail > 1 else "last step")
@@ -117,6 +118,8 @@ def _tiles(metrics: dict[str, np.ndarray]) -> str:
         tile("Validation loss", val_loss[-1], "{:.3f}", f"best {val_loss.min():.3f}")
     if bits.size:
         tile("Bits per byte", bits[-1], "{:.3f}", f"validation, best {bits.min():.3f}")
+    if accuracy.size:
+        tile("Accuracy", accuracy[-1], "{:.1%}", f"of masked tokens, best {accuracy.max():.1%}")
     tile("Tokens per second", _median(metrics["tokens_per_second"]), "{:,.0f}", "median")
     tile("MFU", _median(metrics["mfu"]), "{:.1%}", "median")
     tokens = _last(metrics["tokens"])
@@ -128,6 +131,7 @@ def _curves(metrics: dict[str, np.ndarray]) -> str:
     panels = [
         _panel("Loss", metrics, [("loss", "training"), ("val_loss", "validation")]),
         _panel("Validation bits per byte", metrics, [("val_bits_per_byte", "")]),
+        _panel("Validation accuracy", metrics, [("val_accuracy", "")]),
         _panel("Learning rate", metrics, [("lr", "")]),
         _panel("Gradient norm", metrics, [("grad_norm", "")]),
         _panel("Tokens per second", metrics, [("tokens_per_second", "")]),
@@ -176,7 +180,8 @@ def _draw(title: str, curves: list[tuple]) -> str:
         axes.set_xlabel("step", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        formats = {"mfu": PercentFormatter(1.0), "lr": "{x:.2g}", "tokens_per_second": EngFormatter(sep="")}
+        percent = PercentFormatter(1.0)
+        formats = {"mfu": percent, "val_accuracy": percent, "lr": "{x:.2g}", "tokens_per_second": EngFormatter(sep="")}
         if (name := curves[0][0]) in formats:
             axes.yaxis.set_major_formatter(formats[name])
             axes.set_ylim(bottom=0)

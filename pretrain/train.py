@@ -11,24 +11,26 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, config, dist, engine, generate, hardware, loop, report
+from pretrain import checkpoint, checks, compose, config, dist, engine, generate, hardware, loop, report
 from pretrain.config import Config, ModelConfig
 from pretrain.data import opening
-from pretrain.data.objectives import OBJECTIVES
+from pretrain.data.objectives import make_objective
 from pretrain.data.stream import DataError, Stream
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.evaluate import Validation
 from pretrain.files import write_atomically
 from pretrain.guard import Guard
 from pretrain.log import Log
-from pretrain.model.heads import LanguageModel
-from pretrain.model.losses import cross_entropy_rows
-from pretrain.model.transformer import flops_per_token, initial_value
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.initial import initial_value
+from pretrain.model.losses import loss_rows
+from pretrain.model.transformer import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Plan:
     model: ModelConfig
     tokenizer: Tokenizer
     stream: Stream
+    objective: Callable
     validation: Validation | None
     identity: dict
     changes: tuple[str, ...]
+    new_parameters: tuple[str, ...]
 
 
 def main() -> None:
@@ -51,7 +55,7 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--check"]
     plan, mistake = None, None
     try:
-        cfg = compose.from_command_line("pretrain")
+        cfg = compose.from_command_line("pretrain", model_of)
         if cfg is None:
             return
         plan = make_plan(cfg, ranks)
@@ -77,6 +81,11 @@ def main() -> None:
     dist.finish(0)
 
 
+def model_of(init: str) -> dict:
+    """The model of a run, or of one of its checkpoints, as the keys of a config."""
+    return asdict(checkpoint.Weights(Path(init)).config)
+
+
 def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
     """End all ranks with one message when any of them found a mistake."""
     if mistakes:
@@ -97,18 +106,38 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     if 0 < cfg.model.vocab_size < needed:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or needed)
+    checks.check_objective(cfg.objective, model)
+    objective = make_objective(cfg.objective, tokenizer, cfg.seed)
+    validation = open_validation(cfg, tokenizer, objective)
+    new = check_initial_weights(cfg, model, tokenizer) if cfg.init else ()
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     changes = check_run_folder(cfg, identity) if ranks.is_main else ()
-    return Plan(cfg, model, tokenizer, stream, open_validation(cfg, tokenizer), identity, changes)
+    return Plan(cfg, model, tokenizer, stream, objective, validation, identity, changes, new)
 
 
-def open_validation(cfg: Config, tokenizer: Tokenizer) -> Validation | None:
+def check_initial_weights(cfg: Config, model: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Judge whether `init` can start this run; returns the parameters of its head that `init` does not have."""
+    weights, shapes = checkpoint.Weights(Path(cfg.init)), parameter_shapes(model)
+    for name, shape in shapes.items():
+        found = weights.shapes.get(name)
+        if found is None and name.startswith("trunk.") or found not in (None, shape):
+            raise ValueError(f"init={cfg.init}: {name} has shape {found} there and {shape} in this model")
+    theirs = load_tokenizer(checkpoint.run_of(Path(cfg.init)))
+    if theirs.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"init={cfg.init} has another tokenizer than the shards of data.train: write them with its own "
+            f"(tools/write_shards.py --tokenizer {checkpoint.run_of(Path(cfg.init))})"
+        )
+    return tuple(name for name in shapes if name not in weights.shapes)
+
+
+def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> Validation | None:
     """The held-out shards in their natural order, when the config names any."""
     if not cfg.data.val:
         return None
     ordered = opening.open_held_out(cfg.data.val, cfg.data, cfg.train.seq_len, tokenizer)
-    objective, lengths = OBJECTIVES[cfg.objective.name], tokenizer.byte_lengths()
-    return Validation(ordered, objective, cfg.train.eval_samples, cfg.train.micro_batch_size, lengths)
+    samples, micro = cfg.train.eval_samples, cfg.train.micro_batch_size
+    return Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
 
 
 def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
@@ -154,21 +183,23 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
         peak_tflops=peak * ranks.world_size / 1e12,
     )  # fmt: skip
+    if cfg.init and not found:
+        log.event("initialised", init=cfg.init, anew=list(plan.new_parameters))
     for facts in plan.stream.summary(cfg.train.steps):
         log.event("source", **facts)
     for phase in plan.stream.phases[1:]:
         log.event("phase", **asdict(phase))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
+    predicted = cfg.objective.mask_rate if cfg.objective.name == "masked_lm" else 1.0
     facts = {
         "model": asdict(plan.model),
-        "flops_per_token": functools.partial(flops_per_token, plan.model),
+        "flops_per_token": functools.partial(flops_per_token, plan.model, predicted=predicted),
         "peak_flops": peak * ranks.world_size,
     }
     if start_step >= cfg.train.steps:
         log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
-    objective = OBJECTIVES[cfg.objective.name]
     step = loop.train_loop(
-        cfg, trainer, plan.stream, objective, plan.validation, checkpoints, guard, log, ranks, facts, start_step
+        cfg, trainer, plan.stream, plan.objective, plan.validation, checkpoints, guard, log, ranks, facts, start_step
     )
     if ranks.is_main:
         if start_step < step == cfg.train.steps:
@@ -183,7 +214,7 @@ def write_run_folder(plan: Plan) -> None:
     for name, content in {
         "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
         "data.json": json.dumps(plan.identity, indent=1).encode(),
-        "tokenizer.model": plan.tokenizer.path.read_bytes(),
+        plan.tokenizer.file_name: plan.tokenizer.file_bytes,
         "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
     }.items():
         write_atomically(plan.config.run.folder / name, content)
@@ -196,25 +227,29 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
     clip = cfg.optim.grad_clip
     settings = engine.deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
 
-    def build_model() -> LanguageModel:
-        return LanguageModel(plan.model, cfg.train.activation_checkpointing)
+    def build() -> torch.nn.Module:
+        return build_model(plan.model, cfg.train.activation_checkpointing)
 
-    def loss_rows(module, inputs: torch.Tensor, labels: torch.Tensor, documents=None) -> torch.Tensor:
-        return cross_entropy_rows(module(inputs, documents=documents), labels)
-
-    return engine.Engine(build_model, loss_rows, settings, cfg.optim, ranks, device)
+    sparse = cfg.objective.name == "masked_lm"
+    loss = functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse)
+    return engine.Engine(build, loss, settings, cfg.optim, ranks, device)
 
 
 def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
-    """Fill the engine from a checkpoint, or with the initial values; returns the steps done."""
+    """Fill the engine from a checkpoint, or from `init`, or with initial values; returns the steps done."""
     if found is not None:
         before = checkpoint.read_header(found)
         plan.stream.resume(before.state, before.step)
         header = checkpoint.load(found, trainer.fragments())
         trainer.refresh(header.optimizer_steps)
         return header.step
+    weights = checkpoint.Weights(Path(plan.config.init)) if plan.config.init else None
     for fragment in trainer.fragments():
-        if fragment.kind == engine.WEIGHT:
+        if fragment.kind != engine.WEIGHT:
+            continue
+        if weights and fragment.name in weights.shapes:
+            fragment.values.copy_(weights.read_range(fragment.name, fragment.offset, fragment.values.numel()))
+        else:
             full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
             fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
     trainer.refresh(0)
@@ -224,7 +259,7 @@ def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
 def write_sample(plan: Plan, step: int) -> None:
     """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the run's samples."""
     settings = plan.config.log
-    if settings.sample_tokens == 0:
+    if settings.sample_tokens == 0 or not plan.model.causal:
         return
     model = checkpoint.load_model(plan.config.run.folder)
     text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))

@@ -76,6 +76,15 @@ def test_a_step_takes_any_number_of_micro_batches(results, ranks, stage):
     assert low["losses"] == pytest.approx(low["expected"], rel=0.02)
 
 
+@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_or_a_whole_batch_may_have_no_target(results, ranks, case):
+    found, rel = results[ranks]["few"][case], 1e-5 if "fp32" in case else 0.02
+    first, none, after = found["losses"]
+    assert first == pytest.approx(found["expected"], rel=rel) and none == 0 and after < first - 0.1
+    assert found["norms"][0] > 0.1 and found["norms"][1] == 0 and math.isfinite(found["norms"][2])
+
+
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
 def test_every_element_is_written_exactly_once(results, case, kind):

@@ -1,18 +1,22 @@
-"""Validation against a plain computation, and tools/evaluate.py with its baselines."""
+"""Validation against a plain computation, of causal and masked models, and tools/evaluate.py with its baselines."""
 
 import gzip
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from pretrain import checkpoint, dist
+from pretrain import checkpoint, compose, dist
 from pretrain.data import manifest as manifests
-from pretrain.data.objectives import IGNORE, causal_lm
+from pretrain.data.mixture import Phase
+from pretrain.data.objectives import IGNORE, causal_lm, make_objective
 from pretrain.data.stream import Stream
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.model.heads import build_model
+from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
 from tools import evaluate as tool_module
 
@@ -36,7 +40,7 @@ def plain_bits(model, tokenizer, stream, windows):
 
 
 def test_the_loops_validation_is_the_plain_computation_on_windows_spread_evenly(undisturbed, held_out):
-    model, tokenizer = checkpoint.load_model(undisturbed), Tokenizer(undisturbed / "tokenizer.model")
+    model, tokenizer = checkpoint.load_model(undisturbed), load_tokenizer(undisturbed)
     last = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[-1])
     windows = [i * held_out.epoch_samples // 13 for i in range(13)]
     loss, bits = plain_bits(model, tokenizer, held_out, windows)
@@ -47,7 +51,7 @@ def test_the_loops_validation_is_the_plain_computation_on_windows_spread_evenly(
 def test_the_tool_evaluates_all_windows_beside_its_baselines(tool, undisturbed, held_out):
     said = tool("evaluate.py", undisturbed, "--precision", "fp32").stdout
     result = json.loads((undisturbed / "evaluation.json").read_text())
-    model, tokenizer = checkpoint.load_model(undisturbed), Tokenizer(undisturbed / "tokenizer.model")
+    model, tokenizer = checkpoint.load_model(undisturbed), load_tokenizer(undisturbed)
     loss, bits = plain_bits(model, tokenizer, held_out, range(held_out.epoch_samples))
     assert result["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert result["val_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
@@ -73,3 +77,85 @@ def test_without_validation_data_the_tool_asks_for_it(tool, train):
     done = tool("evaluate.py", train.root / "blind", check=False)
     assert done.returncode == 2 and "--data" in done.stderr
     assert dist.from_environment() == dist.ALONE
+
+
+# --- a masked model ---
+
+MASKED = ("objective=masked_lm", "objective.whole_word=true", "objective.z_loss=1e-3", "model.causal=false",
+          "train.steps=12", "train.eval_every=6", "deepspeed=zero3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def masked(train):
+    """The folder of a finished run of masked_lm on 2 ranks."""
+    train(2, "run.name=masked", *MASKED)
+    return train.root / "masked"
+
+
+def rows_of_journal(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_scores(folder, stream, windows):
+    """(nats a masked token, share of them right, the masked tokens), from the logits of all positions."""
+    model, tokenizer = checkpoint.load_model(folder), load_tokenizer(folder)
+    objective = make_objective(compose.read(folder / "config.yaml").objective, tokenizer, 0)
+    nats, hits, masked = 0.0, 0, []
+    for some in np.array_split(np.array(windows), max(1, len(windows) // 16)):
+        inputs, labels = objective(stream.rows(some))
+        logits, labels = model(torch.from_numpy(inputs)).detach().double(), torch.from_numpy(labels)
+        at = labels != IGNORE
+        nats += float(torch.nn.functional.cross_entropy(logits[at], labels[at], reduction="sum"))
+        hits += int((logits.argmax(-1) == labels)[at].sum())
+        masked += labels[at].tolist()
+    return nats / len(masked), hits / len(masked), masked
+
+
+def test_a_masked_model_is_validated_on_the_same_masks_each_time(masked, held_out):
+    last = rows_of_journal(masked)[-1]
+    windows = [i * held_out.epoch_samples // 13 for i in range(13)]
+    loss, accuracy, tokens = plain_scores(masked, held_out, windows)
+    assert last["val_loss"] == pytest.approx(loss, rel=1e-5) and last["val_accuracy"] == pytest.approx(accuracy)
+    assert len(tokens) == pytest.approx(0.15 * 13 * 32, rel=0.5) and "val_bits_per_byte" not in last
+
+
+def test_masked_training_is_the_same_for_any_number_of_ranks(train, masked):
+    """With the z-loss in the training loss, and never in the validation's."""
+    train(1, "run.name=masked-alone", *MASKED, "deepspeed=zero1")
+    for row, alone in zip(rows_of_journal(masked), rows_of_journal(train.root / "masked-alone"), strict=True):
+        assert row["batch_hash"] == alone["batch_hash"]
+        for key in ("loss", "grad_norm", "val_loss", "val_accuracy"):
+            assert row.get(key) == (pytest.approx(alone[key], rel=1e-3) if key in alone else None), key
+    config = replace(checkpoint.Weights(masked).config, attention="plain")
+    model = build_model(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = initial_value(name, tuple(parameter.shape), config, 0)
+    stream = Stream([manifests.load(train.shards / "train")], [Phase(0, 32, 8, (1.0,))], seed=0)
+    objective = make_objective(compose.read(masked / "config.yaml").objective, load_tokenizer(masked), 0)
+    inputs, labels = map(torch.from_numpy, objective(stream.rows(stream.numbers(0))))
+    with torch.no_grad():
+        logits = model(inputs)[labels != IGNORE].double()
+    expected = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE])
+    z_loss = 1e-3 * logits.logsumexp(1).square().mean()
+    assert rows_of_journal(masked)[0]["loss"] == pytest.approx(float(expected + z_loss), rel=1e-5)
+
+
+def test_the_tool_compares_a_masked_model_with_the_unigram_model(tool, masked, train, held_out):
+    said = tool("evaluate.py", masked, "--precision", "fp32").stdout
+    result = json.loads((masked / "evaluation.json").read_text())
+    loss, accuracy, tokens = plain_scores(masked, held_out, range(held_out.epoch_samples))
+    assert result["val_loss"] == pytest.approx(loss, rel=1e-5) and result["val_accuracy"] == pytest.approx(accuracy)
+    assert result["targets"] == len(tokens) and result["step"] == 12 and result["windows"] == held_out.epoch_samples
+    training = Stream.in_order(manifests.load(train.shards / "train"), 32)
+    trained_on = training.rows(np.arange(training.epoch_samples)).tokens[:, :-1]
+    counts = np.bincount(trained_on.ravel(), minlength=512) + 1.0
+    counts[:7] = 0  # special tokens
+    expected = -np.log(counts[tokens] / counts.sum()).mean()
+    assert result["unigram_loss"] == pytest.approx(expected)
+    assert f"{loss:.3f} nats a token   (perplexity {math.exp(loss):.1f}, {accuracy:.1%} right)" in said
+    assert f"unigram    {expected:8.3f}" in said and "gzip" not in said and "bits" not in said
+    headline = f"{loss:.3f} nats a token on held-out text (unigram {expected:.3f}, {accuracy:.1%} of masked"
+    assert headline in tool("report.py", masked).stdout
+    page = (masked / "report.html").read_text()
+    assert "Validation accuracy" in page and "of masked tokens, best" in page and "unigram_loss" in page
+    assert not (masked / "samples.jsonl").exists(), "it can not write"

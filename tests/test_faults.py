@@ -14,8 +14,9 @@ import pytest
 
 from pretrain.data import manifest as manifests
 from pretrain.data.manifest import Manifest
+from pretrain.data.pieces import train
 from pretrain.data.shards import BadChunk, ShardReader
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.verify import faults
 from pretrain.data.writer import DatasetWriter
 from tests.data_helpers import python_like_text
@@ -48,12 +49,12 @@ def dataset(tmp_path_factory) -> Manifest:
     folder = tmp_path_factory.mktemp("data")
     text = python_like_text(700)
     (folder / "tokenizer.model").write_bytes(train([text[i : i + 1000] for i in range(0, len(text), 1000)], 400))
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
     writer = DatasetWriter(folder, "<u2", 700, 2000)
     start = 0
     for size in (1500, 700, 1500, 2000, 400, 2000, 600, 2500):
         part = text[start : start + size]
-        writer.add(np.array([tokenizer.bos, *tokenizer.encode(part), tokenizer.eos]), len(part.encode()))
+        writer.add(np.array([*tokenizer.prefix, *tokenizer.encode(part), *tokenizer.suffix]), len(part.encode()))
         start += size
     writer.finish(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
     manifest = manifests.load(folder)

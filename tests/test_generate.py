@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from pretrain import checkpoint, generate
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def loaded(undisturbed):
-    return checkpoint.load_model(undisturbed), Tokenizer(undisturbed / "tokenizer.model")
+    return checkpoint.load_model(undisturbed), load_tokenizer(undisturbed)
 
 
 def test_greedy_text_is_the_likeliest_token_of_the_whole_sequence_each_time(loaded):
     model, tokenizer = loaded
-    ids = [tokenizer.bos, *tokenizer.encode("def f(x):")]
+    ids = [*tokenizer.prefix, *tokenizer.encode("def f(x):")]
     found = list(generate.sample_ids(model, ids, 12, 0.0, 1.0, 0, stop=-1))
     for chosen in found:
         assert chosen == int(model(torch.tensor([ids]))[0, -1].argmax())
@@ -31,7 +31,7 @@ def test_the_nucleus_is_the_smallest_set_of_that_probability():
 
 def test_it_stops_at_the_stop_token_and_at_the_last_position(loaded):
     model, tokenizer = loaded
-    ids = [tokenizer.bos]
+    ids = tokenizer.prefix
     first = next(generate.sample_ids(model, ids, 1, 0.0, 1.0, 0, stop=-1))
     assert list(generate.sample_ids(model, ids, 5, 0.0, 1.0, 0, stop=first)) == []
     limit = model.trunk.config.max_positions
@@ -42,7 +42,7 @@ def test_it_stops_at_the_stop_token_and_at_the_last_position(loaded):
 def test_pieces_join_to_the_decoded_ids_also_inside_characters(loaded):
     model, tokenizer = loaded
     pieces = list(generate.continue_text(model, tokenizer, "é漢🙂", 40, temperature=3.0, top_p=1.0, seed=3))
-    ids = [tokenizer.bos, *tokenizer.encode("é漢🙂")]
+    ids = [*tokenizer.prefix, *tokenizer.encode("é漢🙂")]
     whole = list(generate.sample_ids(model, ids, 40, 3.0, 1.0, 3, tokenizer.eos))
     assert "".join(pieces) == tokenizer.decode(whole) and len(pieces) > 5
 

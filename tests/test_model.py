@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pretrain import compose
 from pretrain.model.attention import plain, same_document, sdpa
-from pretrain.model.heads import LanguageModel
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
-from pretrain.model.transformer import flops_per_token, initial_value, places_in_documents, sinusoids
+from pretrain.model.positions import places_in_documents, rotations, sinusoids
+from pretrain.model.transformer import flops_per_token, has_window
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32"]
 
@@ -20,7 +24,7 @@ def model_config(*overrides):
 
 
 def build(cfg, dtype=torch.float32):
-    model = LanguageModel(cfg).to(dtype).eval()
+    model = build_model(cfg).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, tuple(parameter.shape), cfg, 0))
@@ -49,13 +53,19 @@ def test_both_attention_routes_equal_the_formula(causal, kv_heads, queries, keys
 
 
 PARTS = [
-    ["model.positions=learned", "model.norm=layernorm", "model.activation=gelu_tanh", "model.bias=true"],
+    ["model.positions=learned", "model.norm=layernorm", "model.activation=gelu_tanh", "model.attention_bias=true",
+     "model.ffn_bias=true"],
     ["model.positions=sinusoidal", "model.norm_position=post", "model.activation=relu2"],
     ["model.positions=none", "model.activation=gelu", "model.tied_embeddings=false"],
     ["model.activation=geglu", "model.qk_norm=true", "model.attention=plain"],
-    ["model.causal=false"],
+    ["model.causal=false", "model.segments=2", "model.embedding_norm=true", "model.head_transform=true",
+     "model.head_bias=true", "model.norm=layernorm", "model.norm_position=post", "model.ffn_bias=true"],
+    ["model.norm=layernorm", "model.norm_bias=false", "model.embedding_norm=true", "model.activation=relu",
+     "model.sliding_window=4", "model.global_every=2", "model.local_rope_theta=100", "model.head_width=12"],
+    ["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_original_positions=16", "model.logit_softcap=3",
+     "model.scaled_embeddings=true", "model.sliding_window=5"],
     [],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=" ".join)
@@ -69,11 +79,12 @@ def test_every_part_learns_and_the_causal_ones_look_back_only(parts):
     assert before.shape == (2, 12, 97)
     assert torch.equal(before[:, :8], after[:, :8]) == cfg.causal
     assert not torch.equal(before[:, 8:], after[:, 8:])
-    cross_entropy_rows(before, tokens).sum().backward()
+    segments = torch.randint(0, 2, (2, 12)) if cfg.segments else None
+    cross_entropy_rows(model(tokens, segments=segments), tokens).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("parts", [PARTS[0], PARTS[1], PARTS[3], PARTS[5]], ids=" ".join)
+@pytest.mark.parametrize("parts", [*PARTS[:4], *PARTS[5:]], ids=" ".join)
 def test_the_cache_gives_the_logits_of_the_whole_sequence(parts):
     model = build(model_config(*parts), torch.float64)
     tokens = torch.randint(0, 97, (2, 10))
@@ -85,6 +96,7 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(parts):
 POSITIONS = [
     ["model.positions=rope"], ["model.positions=learned"], ["model.positions=sinusoidal", "model.norm_position=post"],
     ["model.positions=none"], ["model.kv_heads=1", "model.qk_norm=true"], ["model.kv_heads=0"],
+    ["model.sliding_window=6", "model.global_every=2", "model.local_rope_theta=100"],
 ]  # fmt: skip
 LENGTHS = ((5, 1, 9), (12, 3), (1, 1, 7))  # of the documents of three rows of 16 places
 DOCUMENTS = torch.stack([
@@ -159,6 +171,71 @@ def test_one_document_a_row_is_the_same_as_none_given(parts):
     assert torch.equal(model(tokens), model(tokens, documents=torch.zeros(2, 12, dtype=torch.int32)))
 
 
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("with_documents", [True, False])
+def test_a_window_hides_what_is_far(attention, causal, with_documents):
+    """One layer: the logits of a position depend on exactly the positions within its reach."""
+    cfg = model_config(f"model.attention={attention}", f"model.causal={str(causal).lower()}", "model.layers=1",
+                       "model.sliding_window=6")  # fmt: skip
+    model, tokens = build(cfg, torch.float64), torch.randint(0, 97, (3, 16))
+    documents = DOCUMENTS if with_documents else torch.zeros(3, 16, dtype=torch.int32)
+    before = model(tokens, documents=documents if with_documents else None)
+    for changed in range(16):
+        other = tokens.clone()
+        other[:, changed] = (other[:, changed] + 1) % 97
+        moved = (model(other, documents=documents if with_documents else None) != before).any(-1)
+        back = torch.arange(16) - changed
+        near = (back >= 0) & (back < 6) if causal else back.abs() <= 3
+        assert torch.equal(moved, near & (documents == documents[:, changed : changed + 1]))
+
+
+def test_layers_with_and_without_a_window_alternate():
+    parts = ["model.layers=7", "model.sliding_window=4", "model.global_every=3"]
+    assert [has_window(model_config(*parts), i) for i in range(7)] == [False, True, True, False, True, True, False]
+    assert all(has_window(model_config(*parts[:2]), i) for i in range(7))
+    assert not any(has_window(model_config(), i) for i in range(7))
+
+
+@pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
+def test_scaled_rotations_turn_as_transformers_ones_do(scaling):
+    parameters = {"rope_type": scaling, "rope_theta": 5e5, "factor": 8.0}
+    parts = [f"model.rope_scaling={scaling}", "model.rope_theta=5e5", "model.rope_factor=8"]
+    if scaling != "linear":
+        parameters["original_max_position_embeddings"] = 512
+        parts.append("model.rope_original_positions=512")
+    if scaling == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=64, num_attention_heads=1, max_position_embeddings=4096, rope_parameters=parameters
+    ))  # fmt: skip
+    place = torch.arange(4096)
+    expected = torch.stack([part[0] for part in theirs(torch.zeros(1, 1, 1), place[None])])
+    assert torch.allclose(rotations(place, 64, model_config(*parts)), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(rotations(place, 64, model_config(*parts[1:])), expected, rtol=0, atol=0.1)
+
+
+def test_logits_of_chosen_positions_and_within_the_cap():
+    model, tokens = build(model_config("model.logit_softcap=0.5")), torch.randint(0, 97, (2, 9))
+    at = torch.rand(2, 9) < 0.4
+    logits = model(tokens)
+    assert torch.allclose(model(tokens, at=at), logits[at], atol=1e-6)
+    assert model(tokens, at=torch.zeros_like(at)).shape == (0, 97)
+    plain_logits = build(model_config())(tokens)
+    assert torch.allclose(logits, 0.5 * torch.tanh(plain_logits / 0.5)) and plain_logits.abs().max() > 0.5
+
+
+def test_heads_give_hidden_states_and_the_pooled_first_token():
+    tokens, segments = torch.randint(0, 97, (2, 9)), torch.randint(0, 2, (2, 9))
+    parts = ["model.causal=false", "model.segments=2"]
+    pooled_config, bare_config = (model_config(*parts, f"model.head={head}") for head in ("pooled", "none"))
+    hidden, pooled = build(pooled_config)(tokens, segments=segments)
+    assert torch.equal(hidden, build(bare_config)(tokens, segments=segments))
+    pooler = initial_value("pooler.weight", (64, 64), pooled_config, 0) * 5
+    assert torch.allclose(pooled, torch.tanh(hidden[:, 0] @ pooler.T), atol=1e-6)
+    assert set(parameter_shapes(pooled_config)) - set(parameter_shapes(bare_config)) == {"pooler.weight", "pooler.bias"}
+
+
 def test_places_start_again_with_each_document():
     expected = [[*range(5), 0, *range(9), 0], [*range(12), *range(3), 0], [0, 0, *range(7), *range(7)]]
     assert places_in_documents(DOCUMENTS).tolist() == expected
@@ -196,17 +273,12 @@ def test_initial_values_depend_on_seed_and_name_alone():
     assert not torch.equal(first, initial_value(name.replace("q", "k"), shape, cfg, 0))
     assert first.std() == pytest.approx(0.02, rel=0.05)
     assert initial_value(name.replace("q.", "out."), shape, cfg, 0).std() == pytest.approx(0.01, rel=0.05)
+    for init, residual in (("normal", 0.02), ("zero_residual", 0.0), ("xavier", 1 / 8)):
+        other = model_config(f"model.init={init}")
+        assert initial_value(name.replace("q.", "out."), shape, other, 0).std() == pytest.approx(residual, rel=0.05)
+    assert initial_value("trunk.embedding.weight", (97, 64), other, 0).std() == pytest.approx(1 / 8, rel=0.05)
     assert torch.equal(initial_value("trunk.norm.weight", (5,), cfg, 0), torch.ones(5))
     assert torch.equal(initial_value("trunk.blocks.0.ffn.up.bias", (5,), cfg, 0), torch.zeros(5))
-
-
-def test_presets_have_their_published_sizes():
-    counts = {"llama_14m": (24576, 13.9e6), "llama_135m": (49152, 134.5e6), "gpt2_124m": (50257, 124.4e6)}
-    for name, (vocab_size, expected) in counts.items():
-        cfg = compose.compose("pretrain", ["run.name=x", f"model={name}", f"model.vocab_size={vocab_size}"]).model
-        with torch.device("meta"):
-            model = LanguageModel(cfg)
-        assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.01), name
 
 
 @pytest.mark.parametrize("parts", [[], ["model.kv_heads=0", "model.activation=gelu"]], ids=["gated", "plain"])
@@ -216,42 +288,3 @@ def test_flops_are_those_that_torch_counts(parts):
     with FlopCounterMode(display=False) as counter:
         cross_entropy_rows(model(tokens), tokens).sum().backward()
     assert flops_per_token(cfg, 64) * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.01)
-
-
-def test_loss_sums_rows_and_leaves_ignored_labels_out():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [-100, -100, -100]])
-    rows = cross_entropy_rows(logits, labels)
-    expected = -(logits[0, 0].log_softmax(0)[1] + logits[0, 1].log_softmax(0)[2])
-    assert rows[0] == pytest.approx(float(expected)) and rows[1] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_torchs(dtype):
-    """More positions than are computed at once, some of them ignored, each row weighted differently."""
-    torch.manual_seed(0)
-    logits = (torch.randn(3, 301, 17) * 3).to(dtype)
-    labels = torch.randint(0, 17, (3, 301))
-    labels[torch.rand(3, 301) < 0.2] = -100
-    weights = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
-    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    rows = cross_entropy_rows(ours * 1, labels)
-    (rows * weights).sum().backward()
-    expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), labels.flatten(), reduction="none")
-    expected = expected.view(3, 301).sum(1)
-    (expected * weights).sum().backward()
-    assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.allclose(rows.double(), expected, rtol=1e-10 if dtype == torch.float64 else 1e-5)
-    precision = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=precision, atol=precision)
-    assert torch.equal(ours.grad[labels == -100], torch.zeros_like(ours.grad[labels == -100]))
-
-
-def test_logits_that_something_else_needs_are_not_overwritten_in_silence():
-    leaf = torch.randn(1, 4, 5).requires_grad_()
-    logits = leaf * 1
-    loss = cross_entropy_rows(logits, torch.zeros(1, 4, dtype=torch.int64)).sum()
-    other = logits.square().sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        other.backward()

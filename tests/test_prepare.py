@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from pretrain.data import manifest as manifests
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.pieces import train
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.prepare import parts, workers
 from pretrain.prepare.documents import find_files
 from pretrain.prepare.plan import Settings, make_plan
@@ -36,7 +37,7 @@ PART_BYTES = 6288  # what --shard-mb 0.003 cuts
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train([python_like_text(60, seed) for seed in range(40)], vocab_size=700))
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +484,7 @@ def test_filters_from_the_command_line_to_the_report(tokenizer, tmp_path, capsys
     for piece in inputs["inputs"]:
         assert piece["sha256"] == hashlib.sha256(Path(piece["file"]).read_bytes()).hexdigest()
     manifest = manifests.load(tmp_path / "one")
-    tokens = [token for text in kept for token in [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]]
+    tokens = [token for text in kept for token in [*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]]
     chunk = manifest.chunks(0)[0]
     data = (tmp_path / "one" / "00000000.tar").read_bytes()
     assert np.frombuffer(data, "<u2", int(chunk["tokens"]), int(chunk["tokens_offset"])).tolist() == tokens

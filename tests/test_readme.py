@@ -14,7 +14,8 @@ from tests.conftest import ROOT, copy_checkout
 
 README = (ROOT / "README.md").read_text()
 TRAINERS = ("pretrain.train", "launch/torchrun.sh", "launch/deepspeed.sh")
-TINY = ("model=llama_tiny train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
+MODEL = "model=llama_tiny "
+TINY = (MODEL + "train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
         "train.eval_samples=4 log.sample_tokens=4 log=none")  # fmt: skip
 
 
@@ -39,14 +40,14 @@ def test_every_command_works_as_written(clone, environment):
     ran = 0
     for command in commands():
         trains = any(name in command for name in TRAINERS) and not re.search("--(help|cfg|check)", command)
-        small = f"{command} {TINY}" if trains else command
+        small = f"{command} {TINY.removeprefix(MODEL) if 'init=' in command else TINY}" if trains else command
         env = {**environment, "PYTHON": sys.executable, "PYTHONPATH": str(clone)}
         line = ["bash", "-c", f". .venv/bin/activate; {small}"]
         done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 12
-    for run in ("mine", "one", "two", "three", "four"):
+    for run in ("mine", "continued", "one", "two", "three", "four"):
         rows = (clone / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [1, 2]
 

@@ -18,7 +18,6 @@ from pretrain.data import order as order_module
 from pretrain.data import stream as stream_module
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Phase
-from pretrain.data.objectives import IGNORE, OBJECTIVES
 from pretrain.data.remote import CacheSettings
 from pretrain.data.source import StreamOptions
 from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
@@ -231,15 +230,6 @@ def test_digests_depend_on_all_they_should():
     assert batch_hash(digests) == hashlib.sha256(digests.tobytes()).hexdigest()[:16] != batch_hash(digests[::-1])
     other = Rows(np.array([3, 5]), rows.tokens, rows.is_target)
     assert (row_digests(other)[0] == digests[0]).all() and (row_digests(other)[1] != digests[1]).any()
-
-
-def test_causal_lm():
-    tokens = np.array([[1, 2, 3, 4], [5, 6, 7, 0]], dtype=np.uint32)
-    is_target = np.array([[True, True, True], [True, True, False]])
-    inputs, labels = OBJECTIVES["causal_lm"](Rows(np.array([0, 1]), tokens, is_target))
-    assert inputs.tolist() == [[1, 2, 3], [5, 6, 7]] and inputs.dtype == labels.dtype == np.int64
-    assert labels.tolist() == [[2, 3, 4], [6, 7, IGNORE]]
-    assert tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
 
 
 def test_remote_shards_are_fetched_ahead_in_the_order_of_their_use_and_no_others(tmp_path, monkeypatch):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.tokenizer import SPECIAL_PIECES, Tokenizer, train
+from pretrain.data.manifest import TOKENIZER_NAMES
+from pretrain.data.pieces import SPECIAL_PIECES, train
+from pretrain.data.texts import continues_word
+from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, hf_files, load_tokenizer
 from pretrain.prepare.documents import is_held_out
 from tests.data_helpers import python_like_text
 from tools import train_tokenizer
@@ -59,7 +62,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     texts = [python_like_text(60, seed) + "year = 2026\n" * 20 for seed in range(40)]
     path.write_bytes(train(texts, vocab_size=700))
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
@@ -89,8 +92,7 @@ def test_the_one_exception(tokenizer):
 
 def test_special_ids(tokenizer):
     assert list(tokenizer.special_ids.items()) == [(name, i) for i, name in enumerate(SPECIAL_PIECES)]
-    t = tokenizer
-    assert (t.unk, t.bos, t.eos, t.pad, t.mask, t.cls, t.sep) == tuple(range(7))
+    assert (tokenizer.prefix, tokenizer.suffix, tokenizer.eos, tokenizer.mask) == ([1], [2], 2, 4)
     assert tokenizer.byte_lengths()[:7].tolist() == [0] * 7
     assert tokenizer.byte_lengths()[7:263].tolist() == [1] * 256
     assert tokenizer.decode([1, *tokenizer.encode("text"), 2, 3, 4, 5, 6]) == "text"
@@ -104,12 +106,73 @@ def test_code_pieces_are_learned(tokenizer):
     assert len(tokenizer.encode("2026")) == 4
 
 
+def test_the_copy_of_a_run_and_of_shards_is_found_by_its_folder(tokenizer, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / tokenizer.file_name).write_bytes(tokenizer.file_bytes)
+    for folder in (tmp_path, tmp_path / "train"):
+        found = load_tokenizer(folder)
+        assert (found.sha256, found.path) == (tokenizer.sha256, tmp_path / "train" / "tokenizer.model")
+    assert tokenizer.file_name in TOKENIZER_NAMES and hashlib.sha256(tokenizer.file_bytes).hexdigest() == found.sha256
+    with pytest.raises(ValueError, match="train/../gone is not there"):
+        load_tokenizer(tmp_path / "train" / ".." / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no tokenizer"):
+        load_tokenizer(tmp_path / "empty")
+
+
+def test_which_pieces_continue_a_word(tokenizer):
+    text = "def add(first, second_value):\n    return 2026 "
+    ids, continues = tokenizer.encode(text), tokenizer.continues_word()
+    assert not continues[:7].any()
+    for i, id_ in enumerate(ids):
+        piece = tokenizer.decode(ids[: i + 1])[len(tokenizer.decode(ids[:i])) :]
+        assert continues[id_] == piece[0].isalnum(), piece
+    assert any(continues[ids]) and not all(continues[ids])
+    chinese = tokenizer.encode("\u4e2d\u6587")  # three bytes each: a character is a word
+    assert continues[chinese].tolist() == [False, True, True] * 2
+    assert continues[tokenizer.encode("\u0101")].tolist() == [True, True]  # a letter of two bytes
+
+
+@pytest.mark.parametrize(
+    "piece, expected",
+    [
+        (b"", False), (b"word", True), (b" word", False), (b"9", True), (b"_a", False), (b"(a", False), (b"\n", False),
+        ("éa".encode(), True), ("привет".encode(), True), ("한국".encode(), True), ("中文".encode(), False),
+        ("の".encode(), False), ("𠀀".encode(), False), ("，".encode(), False), ("\u0301".encode(), True),
+        ("🎉".encode(), False), (b"\xa9", True), (b"\xa9 next", True), (b"\xc3", True), (b"\xd7", True),
+        (b"\xe4\xb8", False), (b"\xf0\x9f", False),
+    ],
+)  # fmt: skip
+def test_bytes_that_continue_a_word(piece, expected):
+    assert continues_word(piece) is expected
+
+
+def test_transformers_reads_the_export_and_gives_the_same_ids(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    for name, content in hf_files(tokenizer, max_positions=1 << 20).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(theirs), theirs.model_max_length) == (700, 1 << 20)
+    assert {name: getattr(theirs, f"{name}_token_id") for name in SPECIAL_PIECES} == tokenizer.special_ids
+    stdlib = [path.read_text()[:20_000] for path in sorted(Path(json.__file__).parent.parent.glob("a*.py"))]
+    for text in [*TRICKY_TEXTS, *HARD_TEXTS, *stdlib]:
+        ids = tokenizer.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs(text)["input_ids"] == tokenizer.prefix + ids
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again("<s> hi")["input_ids"] == tokenizer.prefix + tokenizer.encode("<s> hi")
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="gone.model is not there: train a tokenizer"):
-        Tokenizer(tmp_path / "gone.model")
+        load_tokenizer(tmp_path / "gone.model")
     (tmp_path / "text.model").write_text("no model")
     with pytest.raises(ValueError, match="text.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "text.model")
+        load_tokenizer(tmp_path / "text.model")
 
 
 def test_a_foreign_model_without_the_special_pieces_is_refused(tmp_path):
@@ -120,7 +183,7 @@ def test_a_foreign_model_without_the_special_pieces_is_refused(tmp_path):
         minloglevel=2, hard_vocab_limit=False, max_sentence_length=100_000,
     )  # fmt: skip
     with pytest.raises(ValueError, match="foreign.model has no piece <pad>"):
-        Tokenizer(tmp_path / "foreign.model")
+        load_tokenizer(tmp_path / "foreign.model")
 
 
 @pytest.mark.parametrize(
@@ -157,18 +220,18 @@ def test_the_tool(tmp_path):
     done = run(*argv, tmp_path / "out" / "tokenizer.model")
     assert done.returncode == 0, done.stderr
     assert "training 600 pieces on 0.1 MB" in done.stdout and "600 pieces" in done.stdout.splitlines()[-1]
-    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.model")
     assert tokenizer.vocab_size == 600
     assert len(tokenizer.encode("\u4e2d")) == 3  # left out, so only bytes
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
 
     train_tokenizer.main([*map(str, argv), str(tmp_path / "again.model")])
-    assert Tokenizer(tmp_path / "again.model").sha256 == tokenizer.sha256
+    assert load_tokenizer(tmp_path / "again.model").sha256 == tokenizer.sha256
 
     refused = run(*argv, tmp_path / "out" / "tokenizer.model")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "tokenizer.model exists already: delete it" in refused.stderr
-    assert Tokenizer(tmp_path / "out" / "tokenizer.model").sha256 == tokenizer.sha256
+    assert load_tokenizer(tmp_path / "out" / "tokenizer.model").sha256 == tokenizer.sha256
 
 
 def test_the_tool_refuses_what_it_cannot_do(tmp_path):
@@ -214,7 +277,7 @@ def test_held_out_documents_teach_it_nothing(tool, tmp_path):
     source, output = tmp_path / "text.jsonl", tmp_path / "t.model"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     tool("train_tokenizer.py", "--input", source, "--vocab-size", "900", "--output", output, "--val-fraction", "0.2")
-    tokenizer = Tokenizer(output)
+    tokenizer = load_tokenizer(output)
     held_out = [is_held_out(text.encode(), 0.2) for text in documents]
     assert 3 < sum(held_out) < 30
     for word, left_out in zip(words, held_out, strict=True):

@@ -17,10 +17,11 @@ import pytest
 from pretrain.data import manifest as manifests
 from pretrain.data import sidecar, tar
 from pretrain.data.manifest import Manifest
+from pretrain.data.pieces import train
 from pretrain.data.rebuild import rebuild
 from pretrain.data.shards import ShardReader
 from pretrain.data.sidecar import CONTINUES, WHOLE
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.writer import DatasetWriter
 from tests.data_helpers import python_like_text
 from tools.verify_shards import main
@@ -32,7 +33,7 @@ TEXT = python_like_text(2500)
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train([TEXT[i : i + 1000] for i in range(0, 20_000, 1000)], 400))
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 def texts(count: int, longest: int = 3000) -> list[str]:
@@ -45,7 +46,7 @@ def write(folder: Path, tokenizer: Tokenizer, documents: list[str], chunk: int =
     shutil.copy(tokenizer.path, folder / "tokenizer.model")
     writer = DatasetWriter(folder, "<u2", chunk, shard)
     for text in documents:
-        writer.add(np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]), len(text.encode()))
+        writer.add(np.array([*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix]), len(text.encode()))
     return writer.finish(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
 
 
@@ -446,7 +447,7 @@ def test_stock_webdataset_reads_ours_and_again(dataset, tokenizer, tmp_path, cap
     """Ours, read by stock webdataset, written by it, indexed, read: the same tokens and documents."""
     samples = stock_reads(dataset.folder)
     whole = np.concatenate([sample["tokens.npy"] for sample in samples])
-    ids = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts(30)]
+    ids = [[*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix] for text in texts(30)]
     np.testing.assert_array_equal(whole, np.concatenate(ids))
     stock_shards(tmp_path / "theirs", [{k: sample[k] for k in ("tokens.npy", "docs.npy")} for sample in samples], 5)
     assert run(capsys, tmp_path / "theirs", "--rebuild", "--deep", "--tokenizer", tokenizer.path)[0] == 0

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from pretrain.data import manifest as manifests
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.pieces import train
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.writer import DatasetWriter
 from pretrain.prepare import encode
 from pretrain.prepare.documents import Counts, find_files, is_held_out, read_documents
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 def tokenizer(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train([python_like_text(60, seed) for seed in range(40)], vocab_size=700))
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 @pytest.fixture
@@ -77,10 +78,10 @@ def test_every_document_arrives_in_order(folder, tokenizer, tmp_path, capsys):
     expected += [python_like_text(40 + i, seed=i) for i in range(20)]
     found = documents(manifest)
     assert [tokenizer.decode(tokens[1:-1]) for tokens in found] == expected
-    assert found == [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in expected]
+    assert found == [[*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix] for text in expected]
     assert manifest.docs == 40 and manifest.text_bytes == sum(len(text.encode()) for text in expected)
     assert manifest.tokens == sum(map(len, found))
-    assert manifest.tokenizer_sha256 == tokenizer.sha256 == Tokenizer(manifest.tokenizer_path).sha256
+    assert manifest.tokenizer_sha256 == tokenizer.sha256 == load_tokenizer(manifest.tokenizer_path).sha256
     assert (manifest.vocab_size, manifest.dtype, manifest.special_ids) == (700, "<u2", tokenizer.special_ids)
     text = capsys.readouterr().out
     assert f"out: 40 documents, {manifest.text_bytes / 1e6:,.1f} MB of text, {manifest.tokens:,} tokens" in text

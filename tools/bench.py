@@ -32,8 +32,9 @@ from pretrain.cli import run_tool
 from pretrain.data import manifest as manifests
 from pretrain.data.mixture import Phase
 from pretrain.data.objectives import causal_lm
+from pretrain.data.pieces import train
 from pretrain.data.stream import Stream
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.writer import DatasetWriter
 from pretrain.model.attention import plain, sdpa
 from pretrain.model.heads import LanguageModel
@@ -263,7 +264,7 @@ def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = copy_stdlib(folder, copies=4)
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        tokenizer = load_tokenizer(folder)
         runs = {
             "bare SentencePiece, 1 thread": lambda: tokenizer.encode_batch(texts, num_threads=1),
             "bare SentencePiece, 2 threads": lambda: tokenizer.encode_batch(texts, num_threads=2),

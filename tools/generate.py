@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain import checkpoint, generate
 from pretrain.cli import run_tool
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
     args = parser.parse_args(argv)
     model = checkpoint.load_model(args.run)
-    tokenizer = Tokenizer(checkpoint.run_of(args.run) / "tokenizer.model")
+    tokenizer = load_tokenizer(checkpoint.run_of(args.run))
     pieces = generate.continue_text(
         model, tokenizer, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed
     )

@@ -44,8 +44,13 @@ def headline(run: Path) -> str:
     evaluation = run / "evaluation.json"
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
-        others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
-        lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
+        if "text_bytes" in result:
+            others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
+            lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
+        else:
+            right = f", {result['val_accuracy']:.1%} of masked tokens right" if "val_accuracy" in result else ""
+            unigram = f"unigram {result['unigram_loss']:.3f}"
+            lines.append(f"  {result['val_loss']:.3f} nats a token on held-out text ({unigram}{right})")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from pretrain import checkpoint, compose
 from pretrain.cli import run_tool
 from pretrain.data import opening
 from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
           f"{compare(folder, args.step, batch_hash(row_digests(rows)))}")  # fmt: skip
     wanted = np.arange(args.rank or 0, len(rows.tokens), args.world if args.rank is not None else 1)
     places = stream.places(rows.sample_numbers)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
     for row in wanted[: args.rows or None].tolist():
         show(row, rows, places[row], tokenizer, args.characters)
 
@@ -77,8 +77,8 @@ def show(row: int, rows: Rows, place: dict, tokenizer: Tokenizer, characters: in
 
 
 def documents(tokens: np.ndarray, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Where the documents of a row begin and end, by their first token."""
-    starts = [0, *(np.flatnonzero(tokens[1:] == tokenizer.bos) + 1).tolist()]
+    """Where the documents of a row begin and end, by their last token."""
+    starts = [0, *(np.flatnonzero(tokens[:-1] == tokenizer.suffix[-1]) + 1).tolist()]
     return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
 
 

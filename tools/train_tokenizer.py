@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from pretrain.cli import run_tool
 from pretrain.data.order import hash_key
-from pretrain.data.tokenizer import Tokenizer, train
+from pretrain.data.pieces import train
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.files import write_atomically
 from pretrain.prepare.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     model = train(texts, args.vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, model)
-    report(Tokenizer(output), texts, time.monotonic() - start)
+    report(load_tokenizer(output), texts, time.monotonic() - start)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

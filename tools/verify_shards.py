@@ -47,10 +47,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deep", action="store_true", help="also walk the tars and look at every number")
     rebuild_help = "write index.json and sidecars anew from the tars, trusting what they hold"
     parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="for --rebuild: what wrote the tokens")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="for --rebuild: what wrote the tokens")
     args = parser.parse_args(argv)
     if args.tokenizer and not args.rebuild:
-        parser.error("--tokenizer goes with --rebuild: a data set has its own tokenizer.model")
+        parser.error("--tokenizer goes with --rebuild: a data set has its own tokenizer")
     return args
 
 

@@ -14,20 +14,18 @@ import argparse
 import contextlib
 import os
 import secrets
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.cli import run_tool
+from pretrain.cli import run_tool, sigterm_as_ctrl_c
 from pretrain.data.manifest import Manifest
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.writer import token_dtype
 from pretrain.files import NO_ROOM
 from pretrain.prepare import duplicates, staging
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     start = time.monotonic()
     output = Path(args.output).resolve()
-    tokenizer = Tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     files = find_files(args.input, args.include, args.exclude)
     settings = make_settings(args, tokenizer)
     for line in load_filters(settings.filters).notes():
@@ -74,20 +72,6 @@ def tell_what_stays(folder: Path) -> None:
         print(f"{done} finished parts stay in {folder}: the same command goes on from them", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """A polite signal ends the workers too, like Ctrl-C."""
-
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Tokenize text into WebDataset shards: the same bytes with any number of workers, restartable.",
@@ -96,7 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="text, JSONL, Parquet, tar files, or folders of them")
-    add("--tokenizer", required=True, metavar="FILE", help="from tools/train_tokenizer.py")
+    add("--tokenizer", required=True, metavar="PATH", help="from tools/train_tokenizer.py, or the folder of "
+        "a Hugging Face tokenizer")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="the folder to make; must not exist")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="share of documents for DIR/val")
     add = parser.add_argument_group("what is read").add_argument
@@ -282,7 +267,7 @@ def print_summary(output: str, manifests: list[Manifest], counts: Counts, report
         name = Path(output) / Path(manifest.location).name if len(manifests) > 1 else Path(output)
         print(
             f"wrote {name}: {manifest.docs:,} documents, {manifest.text_bytes / 1e6:,.1f} MB of text, "
-            f"{manifest.tokens:,} tokens ({manifest.text_bytes / manifest.tokens:.2f} bytes a token, bos and eos "
+            f"{manifest.tokens:,} tokens ({manifest.text_bytes / manifest.tokens:.2f} bytes a token, special ones "
             f"included), {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
         )
     size = sum(manifest.text_bytes for manifest in manifests)

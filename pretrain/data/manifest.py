@@ -5,7 +5,7 @@ A folder of format 1:
     index.json              format, dtype, chunk size, tokenizer hash, vocabulary size, special ids, the shards
     00000000.tar            the shard (see shards.py)
     00000000.idx.npy        its sidecar: one row of `CHUNK_DTYPE` for each chunk
-    tokenizer.model         a copy of the tokenizer that wrote it
+    tokenizer.model         a copy of the tokenizer that wrote it; hf_tokenizer.json of a Hugging Face one
 
 The fingerprint is the sha256 of the canonical JSON of everything in index.json but itself, so it changes with any byte
 of any shard. index.json is written last: a folder without it is not a data set.
@@ -26,7 +26,7 @@ from pretrain.files import write_atomically
 
 FORMAT = 1
 INDEX_NAME = "index.json"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = ("tokenizer.model", "hf_tokenizer.json")  # one of them: see pieces.py and fast.py
 _MOST_BYTES = 1 << 60  # of a shard: sums of positions stay within int64
 
 
@@ -86,14 +86,19 @@ class Manifest:
     def text_bytes(self) -> int:
         return sum(shard.text_bytes for shard in self.shards)
 
+    @cached_property
+    def tokenizer_name(self) -> str:
+        """The name of the copy of the tokenizer that travels with the shards."""
+        return next((name for name in TOKENIZER_NAMES if self.store.exists(name)), TOKENIZER_NAMES[0])
+
     @property
     def tokenizer_path(self) -> Path:
         """The copy of the tokenizer that travels with the shards; `ValueError` when it is not the one written."""
-        path = self.store.path(TOKENIZER_NAME, self.tokenizer_sha256)
+        path = self.store.path(self.tokenizer_name, self.tokenizer_sha256)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != self.tokenizer_sha256:
             raise ValueError(
-                f"{self.location}/{TOKENIZER_NAME} is damaged: sha256 {found[:12]} where {INDEX_NAME} says "
+                f"{self.location}/{self.tokenizer_name} is damaged: sha256 {found[:12]} where {INDEX_NAME} says "
                 f"{self.tokenizer_sha256[:12]}; copy it again"
             )
         return path
@@ -103,7 +108,7 @@ class Manifest:
         if sha256 != self.tokenizer_sha256:
             raise ValueError(
                 f"the shards in {self.location} were written with another tokenizer than {path} (sha256 "
-                f"{self.tokenizer_sha256[:12]}, not {sha256[:12]}): use {self.location}/{TOKENIZER_NAME}, "
+                f"{self.tokenizer_sha256[:12]}, not {sha256[:12]}): use {self.location}/{self.tokenizer_name}, "
                 "or write the shards again"
             )
 

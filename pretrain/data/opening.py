@@ -11,7 +11,7 @@ from pretrain.data.mixture import Phase
 from pretrain.data.remote import CacheSettings
 from pretrain.data.source import StreamOptions
 from pretrain.data.stream import Stream
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def cache_settings(data: DataConfig) -> CacheSettings:
@@ -36,7 +36,7 @@ def open_sources(data: DataConfig) -> list[Manifest]:
 
 def open_tokenizer(data: DataConfig, sources: list[Manifest]) -> Tokenizer:
     """The tokenizer that wrote the sources."""
-    tokenizer = Tokenizer(data.tokenizer or sources[0].tokenizer_path)
+    tokenizer = load_tokenizer(data.tokenizer or sources[0].tokenizer_path)
     for manifest in sources:
         manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
     return tokenizer

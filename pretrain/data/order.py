@@ -35,10 +35,28 @@ _SHARDS, _WINDOWS = 1, 2  # what a key is for; keeps the streams of different us
 
 def splitmix64(key: int, count: int) -> np.ndarray:
     """The first `count` outputs of splitmix64 started at state `key`, uint64[count]."""
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-    return x ^ (x >> np.uint64(31))
+    return _mixed(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+
+
+def splitmix64_at(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Output number `places` (from 0 on) of splitmix64 started at state `keys`, both uint64, broadcast."""
+    return _mixed((places + np.uint64(1)) * np.uint64(_GOLDEN) + keys)
+
+
+def hash_keys(key: int, last: np.ndarray) -> np.ndarray:
+    """uint64[k]: hash_key(*parts, number) of each of the numbers int64[k], where `key` is hash_key(*parts)."""
+    return _mixed((last.astype(np.uint64) ^ np.uint64(key)) + np.uint64(_GOLDEN))
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's mixing function, in the memory of `x`."""
+    other = x >> np.uint64(30)
+    for factor, shift in ((_MIX_1, 27), (_MIX_2, 31)):
+        x ^= other
+        x *= np.uint64(factor)
+        np.right_shift(x, np.uint64(shift), out=other)
+    x ^= other
+    return x
 
 
 def hash_key(*parts: int) -> int:

@@ -15,10 +15,10 @@ import numpy as np
 
 from pretrain.data import manifest as manifests
 from pretrain.data import sidecar
-from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest, Shard
+from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAMES, Manifest, Shard
 from pretrain.data.remote import Store
 from pretrain.data.samples import content_problems, read_layout, text_bytes
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.verify import Progress, hash_regions
 from pretrain.files import sync_folder, write_atomically, write_synced
 
@@ -89,28 +89,32 @@ def rebuild(folder: Path, tokenizer_path: Path | None, progress: Progress) -> Re
         for name in names:
             _temporary(folder / name).unlink(missing_ok=True)
     rebuilt.notes += _notes(rebuilt.manifest, known, indexed)
+    if byte_lengths is None and any(shard.text_bytes == 0 for shard in rebuilt.manifest.shards):
+        rebuilt.notes.append("this tokenizer loses some text, so how long the text was is not known: 0 bytes are noted")
     return rebuilt
 
 
 def _tokenizer(folder: Path, given: Path | None, old: Manifest | None) -> Tokenizer:
-    own = folder / TOKENIZER_NAME
+    names = [name for name in TOKENIZER_NAMES if (folder / name).is_file()]
+    own = folder / (names or TOKENIZER_NAMES)[0]
     if given is None:
-        if not own.is_file():
+        if not names:
             raise ValueError(f"{own} is not there: name the tokenizer that wrote the tokens with --tokenizer FILE")
         given = own
-    sha256 = hashlib.sha256(given.read_bytes()).hexdigest() if given.is_file() else ""
-    if old and sha256 and sha256 != old.tokenizer_sha256:
+    tokenizer = load_tokenizer(given)
+    if old and tokenizer.sha256 != old.tokenizer_sha256:
         raise ValueError(
-            f"{given} is not the tokenizer that {folder / INDEX_NAME} names (sha256 {sha256[:12]}, expected "
+            f"{given} is not the tokenizer that {folder / INDEX_NAME} names (sha256 {tokenizer.sha256[:12]}, expected "
             f"{old.tokenizer_sha256[:12]}): give the right one with --tokenizer FILE, or delete the index first"
         )
-    if not old and own.is_file() and own.read_bytes() != given.read_bytes():
-        raise ValueError(f"{own} is another tokenizer than {given}: delete the one that did not write the tokens")
-    return Tokenizer(given)
+    for other in (folder / name for name in names if name != tokenizer.file_name or not old):
+        if other.read_bytes() != tokenizer.file_bytes:
+            raise ValueError(f"{other} is another tokenizer than {given}: delete the one that did not write the tokens")
+    return tokenizer
 
 
 def _index(
-    path: Path, tokenizer: Tokenizer, byte_lengths: np.ndarray, known: Shard | None, progress: Progress
+    path: Path, tokenizer: Tokenizer, byte_lengths: np.ndarray | None, known: Shard | None, progress: Progress
 ) -> _Indexed:
     """Read a tar, and write its sidecar under a temporary name."""
     where = str(path)
@@ -120,7 +124,7 @@ def _index(
         for i, chunk in enumerate(chunks):
             for problem in content_problems(file, chunk, layout.dtype, tokenizer.vocab_size):
                 raise ValueError(f"{where}, chunk {i:08d}: {problem}")
-            text += text_bytes(file, chunk, layout.dtype, byte_lengths)
+            text += 0 if byte_lengths is None else text_bytes(file, chunk, layout.dtype, byte_lengths)
         sha256, crc32s, size = hash_regions(file, chunks["bytes"].tolist(), progress)
     if size != int(chunks["bytes"].sum()) or None in crc32s:
         raise ValueError(f"{where} changed while it was read: wait until it is written")
@@ -159,10 +163,10 @@ def _manifest(folder: Path, tokenizer: Tokenizer, indexed: list[_Indexed], old: 
 
 def _commit(folder: Path, tokenizer: Tokenizer, rebuilt: Rebuilt) -> None:
     """Give the new files their names, the index last: until then the folder has no index, or one they do not fit."""
-    own = folder / TOKENIZER_NAME
-    if not (own.is_file() and hashlib.sha256(own.read_bytes()).hexdigest() == tokenizer.sha256):
-        write_atomically(own, tokenizer.path.read_bytes())
-        rebuilt.changed.append(TOKENIZER_NAME)
+    own = folder / tokenizer.file_name
+    if not (own.is_file() and own.read_bytes() == tokenizer.file_bytes):
+        write_atomically(own, tokenizer.file_bytes)
+        rebuilt.changed.append(tokenizer.file_name)
     for shard in rebuilt.manifest.shards:
         path, new = folder / sidecar.sidecar_name(shard.name), _temporary(folder / shard.name)
         if not (path.is_file() and path.read_bytes() == new.read_bytes()):

@@ -14,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 
 from pretrain.data import sidecar
-from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest, Shard
+from pretrain.data.manifest import INDEX_NAME, Manifest, Shard
 from pretrain.data.samples import content_problems, read_layout, text_bytes
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import load_tokenizer
 
 _BLOCK = 1 << 20
 Progress = Callable[[int], object]  # called with the bytes of shards read since the last call
@@ -42,14 +42,14 @@ def faults(manifest: Manifest, deep: bool, progress: Progress) -> Iterator[Fault
     try:
         path = manifest.tokenizer_path
         if deep:
-            tokenizer = Tokenizer(path)
-            byte_lengths = tokenizer.byte_lengths()
+            tokenizer = load_tokenizer(path)
+            byte_lengths = tokenizer.byte_lengths() if tokenizer.is_exact else None
             if (tokenizer.vocab_size, tokenizer.special_ids) != (manifest.vocab_size, manifest.special_ids):
                 yield Fault(path, f"its vocabulary of {tokenizer.vocab_size:,} or its special ids are not those of "
                             f"{INDEX_NAME} ({manifest.vocab_size:,})")  # fmt: skip
                 byte_lengths = None
     except ValueError as error:
-        yield Fault(manifest.folder / TOKENIZER_NAME, str(error))
+        yield Fault(manifest.folder / manifest.tokenizer_name, str(error))
     largest, all_full = 0, True
     for number, shard in enumerate(manifest.shards):
         path = manifest.folder / shard.name

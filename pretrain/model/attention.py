@@ -1,7 +1,7 @@
 """softmax(Q K^T / sqrt(d_k)) V (Vaswani et al., "Attention Is All You Need", 2017, equation 1), by two routes.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Q query positions, S key positions, K head width.
-A `mask` [B, 1, Q, S], True where a query may look, says it all: it stands in the place of `causal`.
+A `mask` [B or 1, 1, Q, S], True where a query may look, says it all: it stands in the place of `causal`.
 """
 
 import math
@@ -14,6 +14,17 @@ def visible(query_length: int, key_length: int, device: torch.device) -> torch.T
     """Causal mask [Q, S], True where a query may look: the queries are the last Q of the S positions."""
     full = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return full.tril(key_length - query_length)
+
+
+def near(query_length: int, key_length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
+    """Mask [Q, S] of a sliding window, True where a query may look; the queries are the last Q of the S positions.
+
+    Causal: itself and the `window` - 1 positions before it (Jiang et al., Mistral, 2023); otherwise `window` // 2 to
+    each side (Beltagy et al., Longformer, 2020; Warner et al., ModernBERT, 2024).
+    """
+    keys = torch.arange(key_length, device=device)
+    back = keys[key_length - query_length :, None] - keys
+    return (back >= 0) & (back < window) if causal else back.abs() <= window // 2
 
 
 def same_document(documents_BT: torch.Tensor, causal: bool) -> torch.Tensor:

@@ -3,8 +3,6 @@
 Shapes: B batch, T time, D model width, H heads, G key/value heads, K head width, F feed-forward width.
 """
 
-import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-from pretrain.model.attention import ATTENTION, same_document
+from pretrain.model.attention import ATTENTION, near, same_document
+from pretrain.model.positions import places_in_documents, rotate, rotations, sinusoids
 
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # So et al., "Primer", 2021
 }
 
@@ -31,8 +30,25 @@ def ffn_width(config: ModelConfig) -> int:
     return -(-8 * config.width // 3 // 64) * 64 if config.activation in GATED else 4 * config.width
 
 
-def _norm(config: ModelConfig, width: int) -> nn.Module:
-    return NORMS[config.norm](width, eps=config.norm_eps)
+def head_width(config: ModelConfig) -> int:
+    """`config.head_width`, or width / heads."""
+    return config.head_width or config.width // config.heads
+
+
+def kv_heads(config: ModelConfig) -> int:
+    """`config.kv_heads`, or as many as heads."""
+    return config.kv_heads or config.heads
+
+
+def has_window(config: ModelConfig, layer: int) -> bool:
+    """Whether attention of this layer sees its neighbourhood only."""
+    return config.sliding_window > 0 and not (config.global_every and layer % config.global_every == 0)
+
+
+def new_norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
 @dataclass
@@ -56,14 +72,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.kv_heads = config.kv_heads or config.heads
-        self.head_width = config.width // config.heads
-        self.q = nn.Linear(config.width, config.width, bias=config.bias)
-        self.k = nn.Linear(config.width, self.kv_heads * self.head_width, bias=config.bias)
-        self.v = nn.Linear(config.width, self.kv_heads * self.head_width, bias=config.bias)
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
-        self.q_norm = _norm(config, self.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = _norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.head_width = head_width(config)
+        inner, kv_inner = config.heads * self.head_width, kv_heads(config) * self.head_width
+        self.q = nn.Linear(config.width, inner, bias=config.attention_bias)
+        self.k = nn.Linear(config.width, kv_inner, bias=config.attention_bias)
+        self.v = nn.Linear(config.width, kv_inner, bias=config.attention_bias)
+        self.out = nn.Linear(inner, config.width, bias=config.attention_bias)
+        self.q_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: torch.Tensor | None
@@ -88,9 +104,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         width = ffn_width(config)
-        self.up = nn.Linear(config.width, width, bias=config.bias)
-        self.gate = nn.Linear(config.width, width, bias=config.bias) if config.activation in GATED else None
-        self.down = nn.Linear(width, config.width, bias=config.bias)
+        self.up = nn.Linear(config.width, width, bias=config.ffn_bias)
+        self.gate = nn.Linear(config.width, width, bias=config.ffn_bias) if config.activation in GATED else None
+        self.down = nn.Linear(width, config.width, bias=config.ffn_bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is not None:
@@ -101,11 +117,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream, normalised before (pre) or after (post)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.pre = config.norm_position == "pre"
-        self.attention_norm, self.attention = _norm(config, config.width), Attention(config)
-        self.ffn_norm, self.ffn = _norm(config, config.width), FeedForward(config)
+        is_normal = self.pre and config.embedding_norm and layer == 0  # what comes in has just been normalised
+        self.attention_norm = nn.Identity() if is_normal else new_norm(config, config.width)
+        self.attention = Attention(config)
+        self.ffn_norm, self.ffn = new_norm(config, config.width), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -127,107 +145,85 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.max_positions, config.width) if config.positions == "learned" else None
+        self.segments = nn.Embedding(config.segments, config.width) if config.segments else None
+        self.embedding_norm = new_norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = _norm(config, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = new_norm(config, config.width) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
-        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`documents_BT` numbers the documents of each row (padding -1): each is computed as if it stood alone."""
+        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BT: torch.Tensor | None = None,
+        segments_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`documents_BT` numbers the documents of each row (padding -1): each is computed as if it stood alone.
+        `segments_BT`: the kind of segment of each token, 0 where not given.
+        """
+        assert cache is None or documents_BT is None, "documents are for whole rows"
         start = cache[0].length if cache else 0
-        place, mask = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device), None
+        place = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
         if documents_BT is not None:
-            assert cache is None, "documents are for whole rows"
-            place, mask = places_in_documents(documents_BT), same_document(documents_BT, self.config.causal)
+            place = places_in_documents(documents_BT)
+        x_BTD = self._embed(tokens_BT, place, segments_BT)
+        ropes, masks = self._ropes(place, x_BTD.dtype), self._masks(start + tokens_BT.shape[1], tokens_BT, documents_BT)
+        for layer, block in enumerate(self.blocks):
+            local = has_window(self.config, layer)
+            inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local])
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BTD = block(*inputs)
+        return self.norm(x_BTD)
+
+    def _embed(self, tokens_BT: torch.Tensor, place: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         x_BTD = self.embedding(tokens_BT)
-        rope = None
+        if self.config.scaled_embeddings:
+            x_BTD = x_BTD * self.config.width**0.5
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(place)
         elif self.config.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoids(place, self.config.width).to(x_BTD.dtype)
-        elif self.config.positions == "rope":
-            rope = rotations(place, self.config.width // self.config.heads, self.config.rope_theta).to(x_BTD.dtype)
-        x_BTD = self.dropout(x_BTD)
-        if not self.config.norm_position == "pre":
-            x_BTD = self.norm(x_BTD)
-        for index, block in enumerate(self.blocks):
-            layer_cache = cache[index] if cache else None
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, rope, layer_cache, mask, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, rope, layer_cache, mask)
-        return self.norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
+        if self.segments is not None:
+            x_BTD = x_BTD + self.segments(torch.zeros_like(tokens_BT) if segments_BT is None else segments_BT)
+        return self.dropout(self.embedding_norm(x_BTD))
+
+    def _ropes(self, place: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rotations of the layers that see all, and of those with a window."""
+        if self.config.positions != "rope":
+            return None, None
+        everywhere = rotations(place, head_width(self.config), self.config).to(dtype)
+        if not self.config.local_rope_theta:
+            return everywhere, everywhere
+        return everywhere, rotations(place, head_width(self.config), self.config, local=True).to(dtype)
+
+    def _masks(
+        self, keys: int, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Masks of the layers that see all, and of those with a window; None where `causal` says enough."""
+        full, window, causal = None, self.config.sliding_window, self.config.causal
+        if documents_BT is not None:
+            full = same_document(documents_BT, causal)
+        if not window or keys <= (window if causal else window // 2 + 1):  # the window reaches everywhere
+            return full, full
+        local = near(tokens_BT.shape[1], keys, window, causal, tokens_BT.device)[None, None]
+        return full, local if full is None else full & local
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty key/value caches for `capacity` positions."""
-        weight, heads = self.embedding.weight, self.config.kv_heads or self.config.heads
-        shape = (batch, heads, capacity, self.config.width // self.config.heads)
+        weight = self.embedding.weight
+        shape = (batch, kv_heads(self.config), capacity, head_width(self.config))
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
 
 
-def places_in_documents(documents_BT: torch.Tensor) -> torch.Tensor:
-    """The place of each token in its document [B, T], from 0 on."""
-    place_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
-    return place_T - (place_T * begins_BT).cummax(1).values
-
-
-def sinusoids(place: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., D] of Vaswani et al., 2017, section 3.5: sin(place / 10000^(2i/D)) at 2i, the cosine at 2i + 1."""
-    angles = _angles(place, width, 10000.0)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
-
-
-def rotations(place: torch.Tensor, head_width: int, theta: float) -> torch.Tensor:
-    """Cosines and sines of rotary positions (Su et al., RoFormer, 2021), in fp32.
-
-    Places [T] -> [2, T, K], the same for every row; places [B, T] -> [2, B, 1, T, K].
-    """
-    angles = _angles(place, head_width, theta)
-    angles = torch.cat((angles, angles), -1)
-    rope = torch.stack((angles.cos(), angles.sin()))
-    return rope if place.dim() == 1 else rope.unsqueeze(2)
-
-
-def rotate(x_BHTK: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (i, i + K/2), LLaMA's and GPT-NeoX's pairing."""
-    left, right = x_BHTK.chunk(2, -1)
-    return x_BHTK * rope[0] + torch.cat((-right, left), -1) * rope[1]
-
-
-def _angles(place: torch.Tensor, width: int, theta: float) -> torch.Tensor:
-    steps = torch.arange(0, width, 2, dtype=torch.float32, device=place.device)
-    return place.float()[..., None] * theta ** (-steps / width)
-
-
-def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
-    """The initial fp32 value of a parameter, a function of (seed, name) alone: the same on every rank and ZeRO stage.
-
-    Normal with `init_std`; norms are 1, biases 0. Matrices that write into the residual stream are, by `config.init`,
-    `scaled` by 1/sqrt(2 layers) (Radford et al., GPT-2, 2019) or start at 0 (`zero_residual`: each block begins as the
-    identity; Goyal et al., 2017, section 5.1; Zhang et al., Fixup, 2019).
-    """
-    owner, _, kind = name.rpartition(".")
-    if kind == "bias":
-        return torch.zeros(shape)
-    if owner.endswith("norm"):
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = config.init_std
-    if owner.endswith((".attention.out", ".ffn.down")):
-        std *= {"scaled": 1 / math.sqrt(2 * config.layers), "zero_residual": 0.0}[config.init]
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0) -> float:
     """Forward and backward FLOPs a token: 6 a matrix weight, and full attention's 12 x layers x width x seq_len.
 
     The output projection counts, the embedding look-up does not (Kaplan et al., 2020; Chowdhery et al., PaLM, 2022).
+    `predicted`: the share of the positions whose logits are computed. Sliding windows are counted as full attention.
     """
-    kv_width = (config.kv_heads or config.heads) * config.width // config.heads
-    attention = config.width * (2 * config.width + 2 * kv_width)
+    inner = config.heads * head_width(config)
+    attention = config.width * (2 * inner + 2 * kv_heads(config) * head_width(config))
     ffn = config.width * ffn_width(config) * (3 if config.activation in GATED else 2)
-    weights = config.layers * (attention + ffn) + config.vocab_size * config.width
-    return 6.0 * weights + 12.0 * config.layers * config.width * seq_len
+    head = 0.0
+    if config.head == "lm":
+        head = predicted * config.width * (config.vocab_size + (config.width if config.head_transform else 0))
+    return 6.0 * (config.layers * (attention + ffn) + head) + 12.0 * config.layers * inner * seq_len

@@ -21,15 +21,15 @@ Batch = list[tuple[str, Tag | None]]  # a tag goes with the last piece of its do
 def encode(
     documents: Iterable[tuple[str, Tag]], tokenizer: Tokenizer, threads: int
 ) -> Iterator[tuple[np.ndarray, Tag]]:
-    """(text, tag) to (bos + ids + eos, tag), in order; the tokens do not depend on the number of threads."""
-    bos, eos = (np.array([id_], dtype=np.int32) for id_ in (tokenizer.bos, tokenizer.eos))
-    parts = [bos]
+    """(text, tag) to (prefix + ids + suffix, tag), in order; the tokens do not depend on the number of threads."""
+    prefix, suffix = (np.array(ids, dtype=np.int32) for ids in (tokenizer.prefix, tokenizer.suffix))
+    parts = [prefix]
     for batch, future in _in_order(_batches(documents), _pool(threads, os.getpid()), tokenizer, threads):
         for ids, (_, tag) in zip(future.result(), batch, strict=True):
             parts.append(ids)
             if tag is not None:
-                yield np.concatenate([*parts, eos]), tag
-                parts = [bos]
+                yield np.concatenate([*parts, suffix]), tag
+                parts = [prefix]
 
 
 @lru_cache(maxsize=1)

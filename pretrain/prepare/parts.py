@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.manifest import TOKENIZER_NAME
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.writer import DatasetWriter, token_dtype
 from pretrain.files import sync_folder, write_synced
 from pretrain.prepare import duplicates
@@ -100,7 +99,7 @@ def write_part(plan: Plan, number: int) -> None:
     """Tokenize and write one part, unless it is there."""
     if plan.done(PARTS, number):
         return
-    settings, tokenizer = plan.settings, _tokenizer(plan.staging / TOKENIZER_NAME, plan.tokenizer_sha256)
+    settings, tokenizer = plan.settings, _tokenizer(plan.staging / plan.tokenizer_name, plan.tokenizer_sha256)
     dtype = token_dtype(tokenizer.vocab_size)
     shard_tokens = int(settings.shard_tokens * LARGEST_SHARD)
     with _part_folder(plan, PARTS, number) as work:
@@ -212,6 +211,6 @@ def load_filters(settings: FilterSettings) -> Filters:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path, sha256: str) -> Tokenizer:
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     assert tokenizer.sha256 == sha256
     return tokenizer

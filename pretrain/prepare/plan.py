@@ -3,7 +3,7 @@
 The staging folder, beside the output until it gets its name:
 
     run                       the one process that leads the work; who finds another one there stops
-    tokenizer.model
+    tokenizer.model           or hf_tokenizer.json
     parts/00012/              a finished part: shards as DatasetWriter names them (with a split: in train/ and val/)
     parts/00012/done.json     its key (a hash of all that decides its content), its shards, and what went in
     parts/00013.3f2a/         a part under way, of run 3f2a
@@ -69,6 +69,7 @@ class Plan:
     staging: Path
     run: str
     settings: Settings
+    tokenizer_name: str
     tokenizer_sha256: str
     parts: tuple[Part, ...]
     threads: int = 1
@@ -112,7 +113,7 @@ def make_plan(staging: Path, run: str, files: Sequence[InputFile], tokenizer: To
         facts = [(os.path.abspath(piece.file), piece.start, piece.end, *stats[piece.file]) for piece in pieces]
         key = _sha256(json.dumps([common, facts]).encode())
         parts.append(Part(tuple(pieces), tuple(stats[piece.file] for piece in pieces), key))
-    return Plan(staging, run, settings, tokenizer.sha256, tuple(parts))
+    return Plan(staging, run, settings, tokenizer.file_name, tokenizer.sha256, tuple(parts))
 
 
 def _evaluation_files(settings: Settings) -> list[InputFile]:

@@ -7,7 +7,6 @@ The output appears with one rename.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.data.manifest import INDEX_NAME, TOKENIZER_NAME, Manifest, Shard, save
+from pretrain.data.manifest import INDEX_NAME, Manifest, Shard, save
 from pretrain.data.remote import Store
 from pretrain.data.sidecar import sidecar_name
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.writer import token_dtype
-from pretrain.files import sync_folder, write_atomically, write_synced
+from pretrain.files import lock, sync_folder, write_atomically, write_synced
 from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import Report
 from pretrain.prepare.plan import PARTS, RUN_NAME, SIGNED, Plan
@@ -70,13 +69,7 @@ def _remove_leftovers(folder: Path, output: Path) -> None:
 
 def _lock(handle: int, output: Path) -> None:
     """Refuse to write beside another process that writes the same output."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another write_shards.py is writing {output} now: wait for it, or stop it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
-            raise
+    lock(handle, f"another write_shards.py is writing {output} now: wait for it, or stop it")
 
 
 def finished(folder: Path) -> int:
@@ -104,7 +97,7 @@ def parts_to_do(plan: Plan, stage: str) -> tuple[list[int], int]:
 
 def add_tokenizer(staging: Path, tokenizer: Tokenizer) -> None:
     """A copy of the tokenizer, for the workers."""
-    write_atomically(staging / TOKENIZER_NAME, tokenizer.path.read_bytes())
+    write_atomically(staging / tokenizer.file_name, tokenizer.file_bytes)
 
 
 def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manifest], Counts, Report]:
@@ -123,7 +116,7 @@ def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manif
     _move(plan.staging, moves)
     final = plan.staging / FINAL
     for split, manifest in zip(plan.settings.splits, manifests, strict=True):
-        write_atomically(final / split / TOKENIZER_NAME, tokenizer.path.read_bytes())
+        write_atomically(final / split / tokenizer.file_name, tokenizer.file_bytes)
         save(manifest, final / split)
     _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report)
     if report.summary():

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
 """
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 
 from pretrain import checkpoint, compose, config, dist, engine, optim
 from pretrain.data.objectives import IGNORE
+from pretrain.model import losses
 from pretrain.model.heads import LanguageModel
+from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
-from pretrain.model.transformer import initial_value
 
 VOCAB, BATCH, LENGTH = 211, 8, 24
 GENERATOR = torch.Generator().manual_seed(0)
@@ -28,11 +30,12 @@ DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 def main(out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}}
+    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
             results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
             results["counts"][f"{precision}-{stage}"] = other_counts(stage, precision, ranks, device)
+            results["few"][f"{precision}-{stage}"] = few_targets(stage, precision, ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
         results["splits"][str(micro)] = gradient(micro, ranks, device)
     if ranks.world_size == 2:
@@ -90,7 +93,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
         torch.nn.utils.clip_grad_norm_(model.parameters(), built.optim_config.grad_clip)
         torch_optimizer.step()
         expected.append(loss.item())
-    evaluated = (built.evaluate(*everything), loss_rows(model, *everything).detach())
+    evaluated = (built.evaluate(loss_rows, *everything), loss_rows(model, *everything).detach())
     plain = dict(model.named_parameters())
     weights = (f for f in built.fragments() if f.kind == engine.WEIGHT)
     worst = max(
@@ -100,6 +103,23 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
     whole = loss_rows(model, *everything[:2]).sum().item()
     return {"losses": found, "expected": expected, "worst": max(dist.all_gather_objects(worst)), "unmasked": whole,
             "rows": [rows.tolist() for rows in evaluated], "steps": built.optimizer_steps}  # fmt: skip
+
+
+def few_targets(stage: int, precision: str, ranks, device) -> dict:
+    """Logits of the targets only, all of which lie in rows of the first rank; then a global batch without any."""
+    built = build(stage, precision, 2, ranks, device)
+    built.loss_rows = functools.partial(losses.loss_rows, sparse=True)
+    inputs, labels = TOKENS[0, :, :-1], torch.full((BATCH, LENGTH), IGNORE)
+    labels[0, 3], labels[4, 5:8] = 17, 60
+    model = LanguageModel(built.model_config)
+    for name, parameter in model.named_parameters():
+        parameter.data = initial_value(name, tuple(parameter.shape), built.model_config, 0)
+    expected = (loss_rows(model, inputs, labels).sum() / 4).item()
+    found = []
+    for its_labels in (labels, torch.full_like(labels, IGNORE), labels):
+        mine = [part[ranks.rank :: ranks.world_size].split(2) for part in (inputs, its_labels)]
+        found.append(built.step(list(zip(*mine, strict=True)), int((its_labels != IGNORE).sum()), 1e-2))
+    return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 
 
 def train(built: engine.Engine, ranks, steps: int, first: int = 0) -> dict:

@@ -1,0 +1,154 @@
+"""What a configuration must be before anything starts. A mistake is a `ValueError` that names the key and what to do.
+
+Judged here is what needs neither data nor ranks.
+"""
+
+import difflib
+import math
+from typing import Any
+
+from pretrain.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten, phases
+
+CHOICES = {
+    "resume": ("auto", "never"),
+    "train.precision": ("auto", "bf16", "fp32"),
+    "model.positions": ("rope", "learned", "sinusoidal", "none"),
+    "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.norm_position": ("pre", "post"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2"),
+    "model.head": ("lm", "pooled", "none"),
+    "model.attention": ("sdpa", "plain"),
+    "model.init": ("scaled", "normal", "zero_residual", "xavier"),
+    "data.packing": ("window", "best_fit"),
+    "objective.name": ("causal_lm", "masked_lm"),
+    "optim.name": ("adamw",),
+    "schedule.name": ("cosine", "linear", "constant", "wsd"),
+    "deepspeed.stage": (0, 1, 2, 3),
+    "log.wandb": ("offline", "online", "disabled"),
+    "guard.on_nonfinite": ("stop", "ignore"),
+}
+POSITIVE = (
+    "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints",
+    "model.layers", "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std",
+    "model.rope_theta", "model.rope_factor", "objective.mask_rate", "optim.lr", "optim.eps", "data.prefetch_batches",
+    "data.cache_gb",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "train.save_every", "train.eval_every", "train.eval_samples", "model.vocab_size", "model.kv_heads",
+    "model.head_width", "model.ffn_width", "model.rope_original_positions", "model.sliding_window",
+    "model.global_every", "model.local_rope_theta", "model.segments", "model.logit_softcap", "objective.z_loss",
+    "optim.weight_decay", "optim.grad_clip", "schedule.warmup_steps", "log.sample_tokens",
+)  # fmt: skip
+FRACTIONS = (
+    "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "schedule.min_lr_ratio",
+    "schedule.decay_fraction",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Values and combinations of a whole run."""
+    _check_values(flatten(config))
+    _check_run_name(config.run.name)
+    _check_sources(config.data, config.train)
+    _check_phases(config.train)
+    _check_parts(config.model)
+    longest = max(phase.seq_len for phase in phases(config.train))
+    if longest > config.model.max_positions:
+        raise ValueError(
+            f"train.seq_len={longest} is longer than model.max_positions={config.model.max_positions}: "
+            "shorten the first or raise the second"
+        )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Values and combinations of a model alone."""
+    _check_values(flatten(model, "model."))
+    _check_parts(model)
+
+
+def check_objective(objective: ObjectiveConfig, model: ModelConfig) -> None:
+    """Whether the model can learn what it is asked."""
+    needs_causal = objective.name == "causal_lm"
+    if needs_causal != model.causal:
+        other = "masked_lm" if needs_causal else "causal_lm"
+        looks = "looks ahead" if needs_causal else "looks back only"
+        raise ValueError(
+            f"objective={objective.name} does not fit a model that {looks} (model.causal={str(model.causal).lower()}): "
+            f"take objective={other}, or another model"
+        )
+    if model.head != "lm":
+        raise ValueError(f"objective={objective.name} needs a model with a language-model head: add model.head=lm")
+
+
+def _check_values(flat: dict[str, Any]) -> None:
+    for key, value in flat.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            near = difflib.get_close_matches(str(value), map(str, CHOICES[key]), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, CHOICES[key]))}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} must be finite")
+        if key in POSITIVE and value <= 0:
+            raise ValueError(f"{key}={value} must be greater than 0")
+        if key in NOT_NEGATIVE and value < 0:
+            raise ValueError(f"{key}={value} must not be negative")
+        if key in FRACTIONS and not 0 <= value <= 1:
+            raise ValueError(f"{key}={value} must lie between 0 and 1")
+
+
+def _check_run_name(name: str) -> None:
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or name != name.strip():
+        raise ValueError(f"run.name={name!r} must be a plain folder name, without slashes; the folder goes to run.root")
+
+
+def _check_sources(data: DataConfig, train: TrainConfig) -> None:
+    if not all(isinstance(source, str) and source for source in data.sources):
+        raise ValueError(f"data.train={data.train} must be a folder or URL of shards, or a list of them: [a,b]")
+    lists = {"data.weights": data.weights}
+    lists |= {f"train.phases[{i}].weights": phase.weights for i, phase in enumerate(train.phases)}
+    for key, weights in lists.items():
+        if weights is not None and (len(weights) != len(data.sources) or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"{key}={weights} must be a number for each of the {len(data.sources)} sources of data.train, none "
+                "below 0 and one above it"
+            )
+
+
+def _check_phases(train: TrainConfig) -> None:
+    last = 0
+    for i, phase in enumerate(train.phases):
+        if phase.from_step <= last:
+            raise ValueError(f"train.phases[{i}].from_step={phase.from_step} must come after step {last}")
+        last = phase.from_step
+        for key in ("seq_len", "global_batch_size", "micro_batch_size"):
+            value = getattr(phase, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.phases[{i}].{key}={value} must be greater than 0")
+
+
+def _check_parts(model: ModelConfig) -> None:
+    if model.width % model.heads and not model.head_width:
+        raise ValueError(
+            f"model.width={model.width} must be a multiple of model.heads={model.heads}, or model.head_width be given"
+        )
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise ValueError(f"model.heads={model.heads} must be a multiple of model.kv_heads={model.kv_heads}")
+    head_width = model.head_width or model.width // model.heads
+    if model.positions == "rope" and head_width % 2:
+        raise ValueError(f"model.positions=rope needs an even head width; it is {head_width}")
+    if model.positions == "sinusoidal" and model.width % 2:
+        raise ValueError(f"model.positions=sinusoidal needs an even model.width; it is {model.width}")
+    if model.rope_scaling != "none" and model.positions != "rope":
+        raise ValueError(f"model.rope_scaling={model.rope_scaling} is for model.positions=rope, not {model.positions}")
+    if model.rope_scaling in ("llama3", "yarn") and not model.rope_original_positions:
+        raise ValueError(
+            f"model.rope_scaling={model.rope_scaling} needs model.rope_original_positions: the longest sequence that "
+            "the model was first trained on"
+        )
+    if model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise ValueError("model.rope_high_freq_factor must be greater than model.rope_low_freq_factor")
+    if model.global_every and not model.sliding_window:
+        raise ValueError("model.global_every says which layers have no window: give model.sliding_window too")
+    if model.head != "lm" and (model.head_transform or model.head_bias or model.logit_softcap):
+        raise ValueError(f"model.head={model.head} has no output matrix: drop head_transform, head_bias, logit_softcap")

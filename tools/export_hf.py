@@ -1,0 +1,35 @@
+"""python tools/export_hf.py runs/NAME --output DIR
+
+Exports a run's newest checkpoint (or the checkpoint folder given) as a Hugging Face folder: config.json, safetensors,
+tokenizer, model card. Any ZeRO stage and number of ranks, without a GPU, with memory for the largest tensor, not the
+model. transformers loads the result and is compared with the checkpoint (logits, greedy text, token ids); DIR does not
+appear when they differ.
+"""
+
+import argparse
+from pathlib import Path
+
+from pretrain import convert
+from pretrain.cli import run_tool, sigterm_as_ctrl_c
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Export a run as a Hugging Face folder, proven equal.",
+        epilog="example: python tools/export_hf.py runs/quickstart --output quickstart-hf --dtype bf16",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make; must not exist")
+    parser.add_argument("--dtype", choices=tuple(convert.DTYPES), default="fp32", help="of the weights (%(default)s)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.shard_gb <= 0:
+        parser.error("--shard-gb must be positive")
+    with sigterm_as_ctrl_c():
+        proof = convert.export_hf(args.run, args.output, args.dtype, args.shard_gb)
+    print(f"wrote {args.output}: {proof['class']}")
+    print(convert.said(proof))
+
+
+if __name__ == "__main__":
+    run_tool(main)
