@@ -54,8 +54,8 @@ SOLE_USERS = {
     "deepspeed": {"engine"}, "wandb": {"log"}, "omegaconf": {"compose"}, "hydra": {"compose"},
     "tarfile": {"data.tar"}, "sentencepiece": {"data.pieces"}, "tokenizers": {"data.fast"}, "matplotlib": {"report"},
     "safetensors": {"tensors"}, "transformers": {"reference"}, "fsspec": {"data.fetch"},
-    "submitit": {"prepare.workers"}, "zstandard": {"prepare.readers"}, "pyarrow": {"prepare.readers"}, "phonenumbers": {"prepare.pii"},
-    "datasketch": {"prepare.dedup"},
+    "submitit": {"prepare.workers"}, "zstandard": {"prepare.readers"}, "pyarrow": {"prepare.readers"},
+    "phonenumbers": {"prepare.pii"}, "datasketch": {"prepare.dedup"},
 }  # fmt: skip
 
 
