@@ -109,15 +109,18 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     checks.check_objective(cfg.objective, model)
     objective = make_objective(cfg.objective, tokenizer, cfg.seed)
     validation = open_validation(cfg, tokenizer, objective)
-    new = check_initial_weights(cfg, model, tokenizer) if cfg.init else ()
+    new = check_initial_weights(cfg, model, tokenizer, ranks) if cfg.init else ()
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     changes = check_run_folder(cfg, identity) if ranks.is_main else ()
     return Plan(cfg, model, tokenizer, stream, objective, validation, identity, changes, new)
 
 
-def check_initial_weights(cfg: Config, model: ModelConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+def check_initial_weights(
+    cfg: Config, model: ModelConfig, tokenizer: Tokenizer, ranks: dist.Ranks
+) -> tuple[str, ...]:
     """Judge whether `init` can start this run; returns the parameters of its head that `init` does not have."""
     weights, shapes = checkpoint.Weights(Path(cfg.init)), parameter_shapes(model)
+    checkpoint.verify(weights.checkpoint, ranks)
     for name, shape in shapes.items():
         found = weights.shapes.get(name)
         if found is None and name.startswith("trunk.") or found not in (None, shape):

@@ -1,6 +1,7 @@
 """A run that starts from the weights of another: its model, its first loss, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +74,17 @@ def test_what_does_not_fit_is_refused(train, undisturbed, overrides, words):
     done = train(1, f"init={undisturbed}", "run.name=refused", *overrides, check=False)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert not (train.root / "refused").exists()
+
+
+def test_damaged_weights_are_refused(train, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "damaged")
+    newest = checkpoint.newest(tmp_path / "damaged")
+    file = next(newest.glob("rank-00001*"))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    done = train(1, f"init={tmp_path / 'damaged'}", "run.name=refused", *ONE_STEP, check=False)
+    assert done.returncode == 2 and "the manifest says" in done.stderr, done.stderr
 
 
 def test_shards_of_another_tokenizer_are_refused(train, undisturbed, tool, tmp_path):
