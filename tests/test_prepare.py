@@ -389,15 +389,17 @@ def test_nobody_reads_the_progress(arguments, expected, tmp_path):
         "if __name__ == '__main__': w.run_tool(w.main)"
     )
     argv = [*arguments, "--output", str(tmp_path / "out"), "--workers", "4"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *argv], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *argv], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, stdout=said
+        )
     process.stderr.close()
     try:
-        process.wait(60)
+        code = process.wait(60)
     finally:
         process.kill()
+    staged = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert (tmp_path / "out").is_dir(), f"exit code {code}, {(tmp_path / 'said').read_text()}, {staged}"
     assert contents(tmp_path / "out") == expected
 
 
