@@ -458,6 +458,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor_not_the_model(shards, environment, tmp_path):
     tokenizer = load_tokenizer(shards)
     config = replace(model("model=llama_tiny", vocab_size=10_000), layers=9, heads=8,
