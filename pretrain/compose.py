@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,10 @@ def _with_its_model(cfg: Any, overrides: tuple[str, ...], choices: dict[str, str
         return cfg
     if any(override.lstrip("+").startswith("model=") for override in overrides):
         raise ValueError(f"init={cfg.init} brings its own model: leave model=... out")
-    brought = read_model(cfg.init)
+    name = "" if OmegaConf.is_missing(cfg.run, "name") else str(cfg.run.name)
+    own = Path(cfg.run.root) / name / "config.yaml"  # a run that began before needs `init` no more
+    before = read(own) if own.is_file() else None
+    brought = asdict(before.model) if before and before.init == cfg.init else read_model(cfg.init)
     for override in overrides:
         section, _, key = override.lstrip("+").partition("=")[0].partition(".")
         if section == "model" and key in brought:

@@ -109,7 +109,8 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     checks.check_objective(cfg.objective, model)
     objective = make_objective(cfg.objective, tokenizer, cfg.seed)
     validation = open_validation(cfg, tokenizer, objective)
-    new = check_initial_weights(cfg, model, tokenizer, ranks) if cfg.init else ()
+    begins = not checkpoint.committed(cfg.run.folder / "checkpoints")
+    new = check_initial_weights(cfg, model, tokenizer, ranks) if cfg.init and begins else ()
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     changes = check_run_folder(cfg, identity) if ranks.is_main else ()
     return Plan(cfg, model, tokenizer, stream, objective, validation, identity, changes, new)

@@ -76,6 +76,17 @@ def test_what_does_not_fit_is_refused(train, undisturbed, overrides, words):
     assert not (train.root / "refused").exists()
 
 
+def test_a_run_goes_on_when_what_it_started_from_is_gone(train, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "source")
+    line = (f"init={tmp_path / 'source'}", "run.name=orphan", "model.dropout=0.1", *ONE_STEP)
+    train(1, *line)
+    shutil.rmtree(tmp_path / "source")
+    train(1, *line, "train.steps=2")
+    assert [row["step"] for row in journal(train.root / "orphan")] == [1, 2]
+    other = train(1, *line, "run.name=another", check=False)
+    assert other.returncode == 2 and "no checkpoint in" in other.stderr, other.stderr
+
+
 def test_damaged_weights_are_refused(train, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "damaged")
     newest = checkpoint.newest(tmp_path / "damaged")
