@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -240,21 +240,13 @@ class Weights:
         return values
 
 
-def weights(run_or_checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, full fp32 tensor) of each parameter, one at a time: memory is bounded by the largest."""
-    found = Weights(run_or_checkpoint)
-    for name in found.shapes:
-        yield name, found.read(name)
-
-
 def load_model(run_or_checkpoint: Path) -> torch.nn.Module:
     """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
-    path = newest(run_or_checkpoint)
-    verify(path)
-    model = build_model(Weights(path).config).eval().requires_grad_(False)
-    parameters = dict(model.named_parameters())
-    for name, full in weights(path):
-        parameters[name].copy_(full)
+    weights = Weights(run_or_checkpoint)
+    verify(weights.checkpoint)
+    model = build_model(weights.config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights.read(name))
     return model
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pretrain import checkpoint, parity
 from pretrain.card import model_card
 from pretrain.config import ModelConfig
-from pretrain.data.tokenizer import Tokenizer, hf_files, load_tokenizer
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.files import check_room, lock, sha256_of_file, sync_folder, write_synced
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf import HFTensor, Leftover, auto_class, from_hf_config, hf_tensors, match_names, to_hf_config
@@ -214,7 +214,7 @@ def small_files(hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig) -
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
         files["generation_config.json"] = ids
     written = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    return written | hf_files(tokenizer, config.max_positions)
+    return written | tokenizer.hf_files(config.max_positions)
 
 
 def compared(

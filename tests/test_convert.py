@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from pretrain import checkpoint, compose, convert, parity  # noqa: E402
 from pretrain.config import ModelConfig  # noqa: E402
 from pretrain.data import fast  # noqa: E402
+from pretrain.data.pieces import SentencePieceTokenizer  # noqa: E402
 from pretrain.data.tokenizer import load_tokenizer  # noqa: E402
 from pretrain.engine import WEIGHT, Fragment  # noqa: E402
 from pretrain.model.heads import parameter_shapes  # noqa: E402
@@ -353,8 +354,8 @@ def test_a_wrong_token_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
         vocab["<0x01>"], vocab["<0x1B>"] = vocab["<0x1B>"], vocab["<0x01>"]
         return files | {"tokenizer.json": json.dumps(content).encode()}
 
-    right = convert.hf_files
-    monkeypatch.setattr(convert, "hf_files", swapped)
+    right = SentencePieceTokenizer.hf_files
+    monkeypatch.setattr(SentencePieceTokenizer, "hf_files", swapped)
     with pytest.raises(ValueError, match=r"do not agree.*tokenizers part on 'nul \\x00 inside.*from id number \d+ on"):
         convert.export_hf(run, tmp_path / "hf")
     assert unseen(tmp_path) == ["run"]

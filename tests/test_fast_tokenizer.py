@@ -26,7 +26,7 @@ from pretrain.data import manifest as manifests  # noqa: E402
 from pretrain.data.manifest import TOKENIZER_NAMES  # noqa: E402
 from pretrain.data.remote import CacheSettings  # noqa: E402
 from pretrain.data.stream import Stream  # noqa: E402
-from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, hf_files, load_tokenizer  # noqa: E402
+from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer  # noqa: E402
 from pretrain.model.heads import build_model  # noqa: E402
 from tests.http_store import serve  # noqa: E402
 from tests.test_write_shards import documents  # noqa: E402
@@ -239,7 +239,7 @@ def test_it_is_one_file_that_says_who_it_is(folders, kind, tmp_path):
     (reordered / fast.HF_NAME).write_text(json.dumps(dict(reversed(content.items())), indent=7, ensure_ascii=True))
     exported = tmp_path / "exported"
     exported.mkdir()
-    for name, data in hf_files(tokenizer, max_positions=64).items():
+    for name, data in tokenizer.hf_files(max_positions=64).items():
         (exported / name).write_bytes(data)
     run = tmp_path / "run"
     for path in (run, run / tokenizer.file_name, reordered, exported, exported / fast.HF_NAME):
@@ -270,7 +270,7 @@ def test_special_tokens_map_and_chat_template_travel_along(folders, tmp_path):
     (folder / fast.TEMPLATE_NAME).write_text("{{ messages }}\n")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.special_ids == {"mask": 4, "sep": 3}
-    files = hf_files(tokenizer, 64)
+    files = tokenizer.hf_files(64)
     assert files[fast.TEMPLATE_NAME] == b"{{ messages }}\n" and b"auto_map" not in files[fast.CONFIG_NAME]
 
 

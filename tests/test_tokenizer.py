@@ -14,7 +14,7 @@ import pytest
 from pretrain.data.manifest import TOKENIZER_NAMES
 from pretrain.data.pieces import SPECIAL_PIECES, train
 from pretrain.data.texts import continues_word
-from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, hf_files, load_tokenizer
+from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer
 from pretrain.prepare.documents import is_held_out
 from tests.data_helpers import python_like_text
 from tools import train_tokenizer
@@ -150,7 +150,7 @@ def test_bytes_that_continue_a_word(piece, expected):
 def test_transformers_reads_the_export_and_gives_the_same_ids(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers = pytest.importorskip("transformers")
-    for name, content in hf_files(tokenizer, max_positions=1 << 20).items():
+    for name, content in tokenizer.hf_files(max_positions=1 << 20).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

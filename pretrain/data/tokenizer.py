@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """Which ids go on with the word of the id before, bool[vocab_size]."""
 
     def hf_files(self, max_positions: int) -> dict[str, bytes]:
-        """See the function below."""
+        """The files (tokenizer.json, ...) from which transformers' AutoTokenizer gives the same ids."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -66,11 +66,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     with open(path, "rb") as file:
         is_json = file.read(1) == b"{"
     return fast.FastTokenizer(path, path.read_bytes()) if is_json else SentencePieceTokenizer(path)
-
-
-def hf_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, bytes]:
-    """The files (tokenizer.json, ...) from which transformers' AutoTokenizer gives the same ids."""
-    return tokenizer.hf_files(max_positions)
 
 
 def _from_folder(folder: Path) -> Tokenizer:
