@@ -11,12 +11,12 @@ DIR appears when all is complete.
 """
 
 import argparse
-import contextlib
 import os
 import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -188,18 +188,28 @@ def work(plan: Plan, stage: str, function, name: str, args: argparse.Namespace) 
 
 
 class Stderr:
-    """Where the bar is drawn. No error: tqdm would keep its lock when nobody reads the other end of a pipe any more."""
+    """Where the bar is drawn. That nobody reads the other end of a pipe any more is no error: tqdm would keep its lock.
+    What is left in the buffer then goes nowhere, for whoever flushes it (a new process does) would meet the error.
+    """
 
     def __getattr__(self, name: str):
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
+        self._do(lambda: sys.stderr.write(text))
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        self._do(sys.stderr.flush)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)
+        except OSError:
+            pass
 
 
 class Bar:
