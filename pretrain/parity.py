@@ -25,6 +25,7 @@ from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer
 from pretrain.model.heads import build_model
 from pretrain.model.hf import auto_class
+from pretrain.tensors import TensorFolder
 
 TOLERANCE = 1e-4  # of fp32 logits and hidden states, absolute
 LENGTH, NEW_TOKENS = 160, 24
@@ -88,7 +89,7 @@ def prove(
         batches = make_batches(config, tokenizer, hf)
         prompts = make_prompts(config, tokenizer)
         request = {
-            "auto_class": auto_class(config), "texts": TRICKY_TEXTS,
+            "auto_class": auto_class(config), "dtype": dtype_of(folder), "texts": TRICKY_TEXTS,
             "batches": [inputs_of(*batch) for batch in batches],
             "prompts": prompts, "new_tokens": min(NEW_TOKENS, config.max_positions - max(map(len, prompts), default=0)),
             "arguments": {"add_pooling_layer": False} if config.head == "none" and hf["model_type"] in POOLERS else {},
@@ -110,6 +111,13 @@ def prove(
         "transformers": answer["transformers"],
         "class": answer["class"],
     }
+
+
+def dtype_of(folder: Path) -> str:
+    """As which the files can be mapped as they are; float32 when they are of several kinds."""
+    tensors = TensorFolder(folder)
+    kinds = {tensors.dtype(name) for name in tensors.names}
+    return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
 def make_batches(config: ModelConfig, tokenizer: Tokenizer, hf: dict[str, Any]) -> list[tuple[list[Row], bool, bool]]:

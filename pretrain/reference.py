@@ -2,9 +2,10 @@
 
     python -m pretrain.reference REQUEST.json
 
-The request (a JSON object) names the `folder`, the `auto_class` and its `arguments`, the folder `output`, batches of
-token ids, texts and prompts. Answered are answer.json (how the weights loaded, the ids and the decoded text of each
-text, what continues each prompt) and BATCH.NAME.npy for each tensor that the model gives for a batch.
+The request (a JSON object) names the `folder`, the `dtype` of its files, the `auto_class` and its `arguments`, the
+folder `output`, batches of token ids, texts and prompts; computed is in fp32. Answered are answer.json (how the weights
+loaded, the ids and the decoded text of each text, what continues each prompt) and BATCH.NAME.npy for each tensor that
+the model gives for a batch.
 """
 
 import json
@@ -29,8 +30,10 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"])
     answer["texts"] = [tokens_of(tokenizer, text) for text in request["texts"]]
     model, loading = getattr(transformers, request["auto_class"]).from_pretrained(
-        request["folder"], dtype=torch.float32, use_safetensors=True, output_loading_info=True, **request["arguments"]
-    )
+        request["folder"], dtype=getattr(torch, request["dtype"]), use_safetensors=True, output_loading_info=True,
+        **request["arguments"],
+    )  # fmt: skip
+    compute_in_fp32(model)
     answer["class"] = type(model).__name__
     answer["loading"] = {kind: sorted(map(str, found)) for kind, found in loading.items()}
     model.eval()
@@ -48,6 +51,24 @@ def main() -> None:
         for ids in answer["continuations"]
     ]
     (output / "answer.json").write_text(json.dumps(answer))
+
+
+def compute_in_fp32(model: torch.nn.Module) -> None:
+    """Each module widens its own weights while it computes: files of bf16 stay mapped instead of being copied whole."""
+    for module in model.modules():
+        own = {kind: value for kind, value in module._parameters.items() if value is not None}
+        if all(value.dtype == torch.float32 for value in own.values()):
+            continue
+
+        def widen(module: torch.nn.Module, _, own=own) -> None:
+            wide = {kind: torch.nn.Parameter(value.float(), requires_grad=False) for kind, value in own.items()}
+            module._parameters.update(wide)
+
+        def restore(module: torch.nn.Module, *_, own=own) -> None:
+            module._parameters.update(own)
+
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(restore)
 
 
 def tokens_of(tokenizer: Any, text: str) -> dict[str, Any]:
