@@ -203,7 +203,6 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
     """config.json, with the tokenizer's special ids."""
     ids = tokenizer.special_ids
     theirs = to_hf_config(config, ids.get("pad")) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    theirs.pop("add_pooling_layer", None)  # transformers would not pass its own argument of this name on to the model
     return theirs | {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad", "cls", "sep") if name in ids}
 
 

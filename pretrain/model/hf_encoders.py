@@ -37,16 +37,6 @@ BERT_LEFTOVERS = (
 )
 
 
-def _read_bert(hf: Reader, ours: dict[str, Any]) -> dict[str, Any]:
-    pooled = hf.take("add_pooling_layer", True)
-    return {"head": "none"} if ours["head"] == "pooled" and not pooled else {}
-
-
-def _write_bert(config: ModelConfig) -> dict[str, Any]:
-    """BertModel is the class with a pooler and without one: a key of our own remembers which."""
-    return {"add_pooling_layer": False} if config.head == "none" else {}
-
-
 BERT = Family(
     model_type="bert", heads={"lm": "BertForMaskedLM", "pooled": "BertModel", "none": "BertModel"}, prefix="bert.",
     also={"BertForPreTraining": "lm"},
@@ -65,7 +55,6 @@ BERT = Family(
     expects=(("position_embedding_type", "absolute", None), ("is_decoder", False), ("add_cross_attention", False)),
     output="cls.predictions.decoder.weight", embedding="bert.embeddings.word_embeddings.weight",
     biases=("cls.predictions.decoder.bias", "cls.predictions.bias"), leftovers=BERT_LEFTOVERS,
-    reads=_read_bert, writes=_write_bert,
     misfits=lambda config: {} if config.segments else {"segments": "1 or more"},
     rules=(
         Rule("embeddings.word_embeddings", ("trunk.embedding",)),
@@ -88,12 +77,11 @@ def _read_roberta(hf: Reader, ours: dict[str, Any]) -> dict[str, Any]:
         hf.refuse("pad_token_id", pad, f"RoBERTa's positions begin after it, and only {ROBERTA_PAD} is known here")
     if ours["head"] == "lm" and ours["activation"] != "gelu":
         hf.refuse("hidden_act", ours["activation"], "RoBERTa's head has gelu whatever the trunk has, ours does not")
-    return {"max_positions": ours["max_positions"] - ROBERTA_PAD - 1} | _read_bert(hf, ours)
+    return {"max_positions": ours["max_positions"] - ROBERTA_PAD - 1}
 
 
 def _write_roberta(config: ModelConfig) -> dict[str, Any]:
-    positions = config.max_positions + ROBERTA_PAD + 1
-    return {"max_position_embeddings": positions, "pad_token_id": ROBERTA_PAD} | _write_bert(config)
+    return {"max_position_embeddings": config.max_positions + ROBERTA_PAD + 1, "pad_token_id": ROBERTA_PAD}
 
 
 def _roberta_misfits(config: ModelConfig) -> dict[str, Any]:
