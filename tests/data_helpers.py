@@ -50,3 +50,11 @@ def python_like_text(lines: int, seed: int = 0) -> str:
         if rng.random() < 0.2:
             out.append(f"\n\ndef {rng.choice(names)}():\n")
     return "".join(out)
+
+
+def spans_by_bytes(text: str, lengths: np.ndarray) -> list[tuple[int, int]]:
+    """The characters that tokens stand for, when they hold `lengths` bytes each of the text in UTF-8, in its order."""
+    char_of_byte = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])
+    ends = np.cumsum(lengths)
+    return [(int(char_of_byte[start]), int(char_of_byte[end - 1]) + 1)
+            for start, end in zip(ends - lengths, ends, strict=True)]  # fmt: skip

@@ -28,6 +28,7 @@ from pretrain.data.remote import CacheSettings  # noqa: E402
 from pretrain.data.stream import Stream  # noqa: E402
 from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer  # noqa: E402
 from pretrain.model.heads import build_model  # noqa: E402
+from tests.data_helpers import spans_by_bytes  # noqa: E402
 from tests.http_store import serve  # noqa: E402
 from tests.test_write_shards import documents  # noqa: E402
 from tools import show_batches, verify_shards, write_shards  # noqa: E402
@@ -134,6 +135,70 @@ def test_roles_prefix_and_suffix(folders):
     assert of["words"].special_ids == {"unk": 1, "pad": 0, "mask": 4, "cls": 2, "sep": 3}
     assert (of["pieces"].prefix, of["pieces"].suffix, of["pieces"].eos) == ([1], [2], 2)
     assert all(t.file_name == "hf_tokenizer.json" and t.file_name in TOKENIZER_NAMES for t in of.values())
+
+
+def test_spans_are_those_of_transformers_and_the_characters_behind_the_ids(folders, kind):
+    ours, theirs = load_tokenizer(folders[kind]), transformers.AutoTokenizer.from_pretrained(folders[kind])
+    lengths = ours.byte_lengths()
+    for text in [*TRICKY_TEXTS, *STDLIB[:10]]:
+        ids, spans = ours.encode_spans(text)
+        assert ids.dtype == spans.dtype == np.int32 and spans.shape == (len(ids), 2)
+        assert ids.tolist() == ours.encode(text)
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        spans = [*map(tuple, spans.tolist())]
+        assert spans == theirs(text, **settings)["offset_mapping"]
+        if lengths is not None and text and SPACE not in text:
+            behind = lengths[ids]
+            behind[0] -= kind == "pieces"  # the space that it puts in front is not in the text
+            if behind[0]:
+                assert spans == spans_by_bytes(text, behind)
+
+
+def test_spans_point_into_the_text_before_it_is_normalised(folders):
+    words = load_tokenizer(folders["words"])
+    ids, spans = words.encode_spans(text := "  DE\u0301F 中\tRETURN, \x00 S\u00c9LF")
+    assert [text[start:end] for start, end in spans] == ["DE\u0301F", "中", "RETURN", ",", "S\u00c9LF"]
+    assert [words.encode(word) for word in ("def", "中", "return", ",", "self")] == [[id_] for id_ in ids.tolist()]
+
+
+PAIRS = {
+    "[CLS] $A [SEP] $B:1 [SEP]:1": ("words", ["[SEP]"]),  # BERT
+    "[CLS] $A [SEP] [SEP] $B [SEP]": ("words", ["[SEP]", "[SEP]"]),  # RoBERTa
+    "<s> $A <s> $B": ("pieces", ["<s>"]),  # Llama
+    "$A <|endoftext|> $B": ("bytes", ["<|endoftext|>"]),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_are_those_of_transformers(folders, tmp_path, pair):
+    kind, between = PAIRS[pair]
+    made = tokenizers.Tokenizer.from_file(str(folders[kind] / fast.HF_NAME))
+    names = {token for token in pair.split() if "$" not in token}
+    known = [(name, made.token_to_id(name)) for name in {name.partition(":")[0] for name in names}]
+    single = {"words": "[CLS] $A [SEP]", "pieces": "<s> $A", "bytes": "$A"}[kind]
+    made.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
+
+    def change(content: dict, config: dict) -> None:
+        content["post_processor"] = json.loads(made.to_str())["post_processor"]
+
+    folder = changed(folders[kind], tmp_path / "pair", change)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.between == [made.token_to_id(token) for token in between]
+    own_suffix = ours.suffix if kind == "words" else []
+    for a, b in (("a text", "b"), (STDLIB[0][:500], STDLIB[1][:500]), ("é 中", "🎉")):
+        expected = [*ours.prefix, *ours.encode(a), *ours.between, *ours.encode(b), *own_suffix]
+        assert theirs(a, b)["input_ids"] == expected
+
+
+def test_the_two_separators_of_roberta_and_none_of_gpt2(folders, tmp_path):
+    def change(content: dict, config: dict) -> None:
+        content["post_processor"] = {"type": "RobertaProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2],
+                                     "trim_offsets": True, "add_prefix_space": False}  # fmt: skip
+
+    roberta = load_tokenizer(changed(folders["words"], tmp_path / "roberta", change))
+    assert (roberta.prefix, roberta.between, roberta.suffix) == ([2], [3, 3], [3])
+    gpt2 = load_tokenizer(folders["bytes"])  # it puts nothing there: two texts would run together
+    assert (gpt2.prefix, gpt2.between, gpt2.suffix) == ([], [0], [0])
 
 
 def test_every_byte_is_counted(folders):
@@ -465,10 +530,11 @@ def test_text_is_generated_from_nothing_and_spaces_survive(folders, kind):
     model = build_model(compose.compose("pretrain", overrides).model).eval()
     prompt = "a word"
     ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
-    text = "".join(generate.continue_text(model, tokenizer, prompt, 20, temperature=1.0, top_p=1.0, seed=1))
+    sampling = generate.Sampling(temperature=1.0, seed=1)
+    text = "".join(generate.continue_text(model, tokenizer, prompt, 20, sampling))
     stop = tokenizer.suffix[-1] if tokenizer.eos is None else tokenizer.eos
-    chosen = list(generate.sample_ids(model, ids, 20, 1.0, 1.0, 1, stop))
+    (chosen,) = generate.generate_batch(model, [ids], 20, sampling, stop_ids=[stop])
     assert len(chosen) > 3 and prompt + text == tokenizer.decode([*ids, *chosen])
-    from_nothing = "".join(generate.continue_text(model, tokenizer, "", 20, temperature=1.0, top_p=1.0, seed=1))
-    start = tokenizer.prefix or [tokenizer.eos]
-    assert from_nothing == tokenizer.decode(list(generate.sample_ids(model, start, 20, 1.0, 1.0, 1, stop)))
+    from_nothing = "".join(generate.continue_text(model, tokenizer, "", 20, sampling))
+    (chosen,) = generate.generate_batch(model, [tokenizer.prefix or [tokenizer.eos]], 20, sampling, stop_ids=[stop])
+    assert from_nothing == tokenizer.decode(chosen)

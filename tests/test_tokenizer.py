@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pretrain.data.manifest import TOKENIZER_NAMES
@@ -16,7 +17,7 @@ from pretrain.data.pieces import SPECIAL_PIECES, train
 from pretrain.data.texts import continues_word
 from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer
 from pretrain.prepare.documents import is_held_out
-from tests.data_helpers import python_like_text
+from tests.data_helpers import python_like_text, spans_by_bytes
 from tools import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,20 @@ def test_lossless_and_every_byte_counted(tokenizer, text):
     assert tokenizer.encode_batch([text, "other", text], num_threads=2) == [ids, tokenizer.encode("other"), ids]
 
 
+def test_spans_are_the_characters_behind_the_ids(tokenizer):
+    for text in [*HARD_TEXTS, *TRICKY_TEXTS, python_like_text(200)]:
+        text = text.replace("\u2581", " ")
+        ids, spans = tokenizer.encode_spans(text)
+        assert ids.dtype == spans.dtype == np.int32 and spans.shape == (len(ids), 2)
+        assert ids.tolist() == tokenizer.encode(text)
+        assert [*map(tuple, spans.tolist())] == spans_by_bytes(text, tokenizer.byte_lengths()[ids])
+
+
+def test_spans_of_bytes_and_of_the_sign_for_a_space(tokenizer):
+    ids, spans = tokenizer.encode_spans("a é\u2581🎉\n")
+    assert len(ids) == 10 and spans.tolist() == [[0, 1], [1, 2], *[[2, 3]] * 2, [3, 4], *[[4, 5]] * 4, [5, 6]]
+
+
 def test_lossless_on_random_text(tokenizer):
     rng = random.Random(0)
     lengths = tokenizer.byte_lengths()
@@ -93,6 +108,7 @@ def test_the_one_exception(tokenizer):
 def test_special_ids(tokenizer):
     assert list(tokenizer.special_ids.items()) == [(name, i) for i, name in enumerate(SPECIAL_PIECES)]
     assert (tokenizer.prefix, tokenizer.suffix, tokenizer.eos, tokenizer.mask) == ([1], [2], 2, 4)
+    assert tokenizer.between == [2]
     assert tokenizer.byte_lengths()[:7].tolist() == [0] * 7
     assert tokenizer.byte_lengths()[7:263].tolist() == [1] * 256
     assert tokenizer.decode([1, *tokenizer.encode("text"), 2, 3, 4, 5, 6]) == "text"
@@ -162,6 +178,7 @@ def test_transformers_reads_the_export_and_gives_the_same_ids(tokenizer, tmp_pat
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert theirs(text)["input_ids"] == tokenizer.prefix + ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
+        assert theirs(text, "b")["input_ids"] == tokenizer.prefix + ids + tokenizer.between + tokenizer.encode("b")
     theirs.save_pretrained(tmp_path / "again")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again("<s> hi")["input_ids"] == tokenizer.prefix + tokenizer.encode("<s> hi")

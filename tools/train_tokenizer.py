@@ -13,11 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
+from pretrain.data.decompress import is_compressed
 from pretrain.data.order import hash_key
 from pretrain.data.pieces import train
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.files import write_atomically
-from pretrain.prepare.documents import COMPRESSED_SUFFIXES, Counts, InputFile, find_files, is_held_out, read_documents
+from pretrain.prepare.documents import Counts, InputFile, find_files, is_held_out, read_documents
 
 PIECE_CHARS = 1000  # the text is sampled and trained on in runs of lines of about this length
 COMPRESSION = 4  # a guess at what .gz and .zst save, to choose how much to sample
@@ -69,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def sample(files: list[InputFile], text_key: str, max_bytes: int, val_fraction: float, counts: Counts) -> list[str]:
     """About `max_bytes` of the files' text in pieces spread evenly over all of it; the same ones every time."""
     on_disk = sum(file.bytes for file in files)
-    expected = sum(file.bytes * (COMPRESSION if file.path.suffix in COMPRESSED_SUFFIXES else 1) for file in files)
+    expected = sum(file.bytes * (COMPRESSION if is_compressed(file.path) else 1) for file in files)
     share = max_bytes / max(expected, 1)
     texts, size, number = [], 0, 0
     with tqdm(total=on_disk, desc="reading", unit="B", unit_scale=True) as bar:

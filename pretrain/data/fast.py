@@ -83,6 +83,7 @@ class FastTokenizer:
         self._special = {id_ for id_, token in added.items() if token.special} | set(self.special_ids.values())
         self.eos, self.mask = self.special_ids.get("eos"), self.special_ids.get("mask")
         self.prefix, self.suffix = self._around()
+        self.between = self._between()
         self._check_text_stays_text()
         self.is_exact = Spec(content, self._vocab, self._special).is_exact
 
@@ -103,6 +104,15 @@ class FastTokenizer:
         """The ids of many texts, int32 each, on this thread; other threads of Python run meanwhile."""
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, int32[n], and the characters [start, end) of the text that each stands for, int32[n, 2].
+
+        As the library has them: in the text as it is given, also where it is normalised; the tokens of one character
+        share its span; some tokenizers count the space before a word to its first token, some to none.
+        """
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special ids stand for no text."""
@@ -129,8 +139,10 @@ class FastTokenizer:
         """Which ids go on with the word of the id before, bool[vocab_size]; special ids do not."""
         return np.array(self._spec().continues_word(self.vocab_size), dtype=bool)
 
-    def hf_files(self, max_positions: int) -> dict[str, bytes]:
-        """The files as they came, for transformers' AutoTokenizer: `pack` makes the same tokenizer of them."""
+    def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
+        """The files as they came, for transformers' AutoTokenizer: `pack` makes the same tokenizer of them. Whether a
+        text `ends` is theirs to say.
+        """
         content, config = self._contents()
         template = config.get("chat_template")
         files = {}
@@ -171,6 +183,13 @@ class FastTokenizer:
             raise ValueError(f"{self.path} has no token that ends a document: name one of its tokens as eos_token in "
                              f"{CONFIG_NAME}")  # fmt: skip
         return prefix, suffix or [self.eos]
+
+    def _between(self) -> list[int]:
+        """The ids that the tokenizer itself puts between the texts of a pair; where it puts none, the suffix."""
+        encoding = self._fast.encode("a", "a", add_special_tokens=True)
+        texts = encoding.sequence_ids  # 0, 1, or None for what was added
+        end, start = len(texts) - texts[::-1].index(0), texts.index(1)
+        return encoding.ids[end:start] or self.suffix
 
     def _check_text_stays_text(self) -> None:
         for id_ in self._special - {self.special_ids.get("unk")}:

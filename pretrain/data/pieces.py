@@ -55,6 +55,7 @@ class SentencePieceTokenizer:
                 )
         self.special_ids: dict[str, int] = ids
         self.prefix, self.suffix = [ids["bos"]], [ids["eos"]]
+        self.between = self.suffix
         self.eos, self.mask = ids["eos"], ids["mask"]
 
     def encode(self, text: str) -> list[int]:
@@ -68,6 +69,16 @@ class SentencePieceTokenizer:
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of many texts, int32 each, on this thread; other threads of Python run meanwhile."""
         return self._model.encode(texts, out_type="numpy", num_threads=1)
+
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, int32[n], and the characters [start, end) of the text that each stands for, int32[n, 2].
+
+        The bytes of one character share its span; the space before a word is of the word's first piece.
+        """
+        found = self._model.encode(text, return_type="offset_mapping")
+        spans = np.array(found["offsets"], dtype=np.int32).reshape(-1, 2)
+        spans[:, 1] = np.maximum(spans[:, 1], spans[:, 0] + 1)  # only the last byte of a character has it otherwise
+        return np.array(found["ids"], dtype=np.int32), spans
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special ids stand for no text."""
@@ -84,15 +95,17 @@ class SentencePieceTokenizer:
         """Which ids go on with the word of the id before, bool[vocab_size]; special ids do not."""
         return np.array([continues_word(piece) for piece in self._bytes()])
 
-    def hf_files(self, max_positions: int) -> dict[str, bytes]:
-        """The same tokenizer for transformers' AutoTokenizer, which puts the prefix in front of a text."""
+    def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
+        """The same tokenizer for transformers' AutoTokenizer, which puts the prefix in front of a text, and where it
+        `ends` the suffix after it.
+        """
         roles = {f"{name}_token": piece for name, piece in SPECIAL_PIECES.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", **roles, "model_max_length": max_positions,
             "split_special_tokens": True,  # in a text, "<s>" is text, as here
             "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
         }  # fmt: skip
-        contents = {"tokenizer.json": self._hf_tokenizer(), "tokenizer_config.json": config,
+        contents = {"tokenizer.json": self._hf_tokenizer(ends), "tokenizer_config.json": config,
                     "special_tokens_map.json": roles}  # fmt: skip
         return {name: (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
                 for name, content in contents.items()}  # fmt: skip
@@ -109,18 +122,21 @@ class SentencePieceTokenizer:
                 found.append(b"" if is_special else piece.replace(SPACE, " ").encode())
         return found
 
-    def _hf_tokenizer(self) -> dict:
+    def _hf_tokenizer(self, ends: bool) -> dict:
         """The content of tokenizer.json."""
         model = self._model
         pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
         special = [{"id": id_, "content": SPECIAL_PIECES[name], "single_word": False, "lstrip": False, "rstrip": False,
                     "normalized": False, "special": True} for name, id_ in self.special_ids.items()]  # fmt: skip
-        bos, text = SPECIAL_PIECES["bos"], {"Sequence": {"id": "A", "type_id": 0}}
-        front = {"SpecialToken": {"id": bos, "type_id": 0}}
+        bos, eos = SPECIAL_PIECES["bos"], SPECIAL_PIECES["eos"]
+        first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        second = [{"SpecialToken": {"id": eos, "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+        last = second[:1] if ends else []
         template = {
-            "type": "TemplateProcessing", "single": [front, text],
-            "pair": [front, text, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": self.prefix, "tokens": [bos]}},
+            "type": "TemplateProcessing", "single": first + last,
+            "pair": first + second + [{"SpecialToken": {"id": eos, "type_id": 1}}] * ends,
+            "special_tokens": {piece: {"id": piece, "ids": ids, "tokens": [piece]}
+                               for piece, ids in ((bos, self.prefix), (eos, self.between))},
         }  # fmt: skip
         to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
         return {

@@ -8,11 +8,13 @@ header for the end of the archive; here everything after the last member must be
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
+_PICKLES = frozenset({"pyd", "pkl", "pickle"})
 _MOST_HEADER_BYTES = 1 << 20  # of a long name or a pax header; some programs write much there, none that much
 # what tarfile lets out when a header is damaged or made up: it decodes, converts and recurses on what the header says
 _HEADER_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError)
@@ -65,6 +67,27 @@ def members(file: BinaryIO, where: str) -> Iterator[Member]:
         if not info.isdir():
             yield Member(info.name, info.offset_data, info.size, end)
     check_end(file, end, where)
+
+
+def samples(file: BinaryIO, where: str) -> Iterator[tuple[str, list[Member]]]:
+    """The samples of a WebDataset tar, as key and members: adjacent ones that share the name up to its first dot.
+
+    `ValueError` as of `members`, and for a pickle, which can run any code when it is loaded.
+    """
+    for key, sample in groupby(members(file, where), lambda member: sample_key(member.name)):
+        found = list(sample)
+        for member in found:
+            if _PICKLES & set(member.name.lower().rpartition("/")[2].split(".")[1:]):
+                raise ValueError(
+                    f"{where}: member {member.name!r} is a pickle, which can run any code when it is loaded: refused"
+                )
+        yield key, found
+
+
+def sample_key(name: str) -> str:
+    """The folder of a member and its name up to the first dot."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
 
 
 def check_end(file: BinaryIO, position: int, where: str) -> None:

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     special_ids: dict[str, int]  # those it has of unk bos eos pad mask cls sep
     prefix: list[int]  # what stands before a document, perhaps nothing
     suffix: list[int]  # what stands after a document, always something
+    between: list[int]  # what stands between two texts of a pair: prefix, a, between, b, suffix
     eos: int | None  # what ends a generated text
     mask: int | None
     is_exact: bool  # whether decode(encode(x)) == x for every x (but for a literal U+2581)
@@ -37,6 +38,12 @@ class Tokenizer(Protocol):
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of many texts, int32 each, on this thread; other threads of Python run meanwhile."""
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, int32[n], and the characters [start, end) of the text that each stands for, int32[n, 2].
+
+        Spaces around a word may be in the spans or not: whoever cuts an answer out trims it.
+        """
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
 
@@ -49,8 +56,10 @@ class Tokenizer(Protocol):
     def continues_word(self) -> np.ndarray:
         """Which ids go on with the word of the id before, bool[vocab_size]."""
 
-    def hf_files(self, max_positions: int) -> dict[str, bytes]:
-        """The files (tokenizer.json, ...) from which transformers' AutoTokenizer gives the same ids."""
+    def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
+        """The files (tokenizer.json, ...) from which transformers' AutoTokenizer gives the same ids, with the prefix
+        before a text and, where it `ends`, the suffix after it.
+        """
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pretrain.data.decompress import DAMAGE, content_suffix, is_compressed
 from pretrain.prepare import readers
 
 TEXT_SUFFIXES = frozenset(
@@ -21,7 +22,6 @@ TEXT_SUFFIXES = frozenset(
     ".scala .kt .swift .html .css .jsonl".split()
 )
 CONTAINER_SUFFIXES = frozenset({".parquet", ".tar"})
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 _ARCHIVES = frozenset(".tgz .tbz2 .txz .zip .7z .rar .bz2 .xz".split())
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 _BLOCK = 1 << 20
@@ -127,7 +127,7 @@ def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Itera
         folders[:] = sorted(name for name in folders if not _matches(inside / name, exclude))
         for name in sorted(names):
             path = inside / name
-            has_suffix = path.suffix.lower() in CONTAINER_SUFFIXES or _content_suffix(path) in TEXT_SUFFIXES
+            has_suffix = path.suffix.lower() in CONTAINER_SUFFIXES or content_suffix(path) in TEXT_SUFFIXES
             taken = _matches(path, include) if include else has_suffix
             if taken and not _matches(path, exclude) and (folder / path).is_file():
                 yield folder / path
@@ -138,20 +138,11 @@ def _matches(path: Path, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
 
 
-def _content_suffix(path: Path) -> str:
-    inner = path.with_suffix("") if _is_compressed(path) else path
-    return inner.suffix.lower()
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSED_SUFFIXES
-
-
 def _checked(path: Path) -> InputFile:
     """The file, which can be opened and is of a kind that can be read: before any work, not after hours of it."""
     if path.suffix.lower() in _ARCHIVES:
         raise ValueError(f"{path} is of a kind that is not read: unpack it first, or leave it out with --exclude")
-    if _is_compressed(path) and _content_suffix(path) in CONTAINER_SUFFIXES:
+    if is_compressed(path) and content_suffix(path) in CONTAINER_SUFFIXES:
         unpack = "gunzip -k" if path.suffix.lower() == ".gz" else "zstd -d"
         raise ValueError(f"{path} is compressed as a whole: run `{unpack} {path}` first")
     try:
@@ -223,7 +214,7 @@ def read_documents(
 def _raw_documents(piece: Piece, text_key: str) -> Iterator[readers.Raw | readers.Ignored]:
     if piece.end == 0:
         return iter([readers.Raw(b"", "", 0)])  # an empty file, of whatever kind, is an empty document
-    suffix = _content_suffix(piece.path)
+    suffix = content_suffix(piece.path)
     if suffix == ".jsonl":
         return _undamaged(readers.lines(piece.path, piece.start, piece.end), piece.path)
     assert piece.start == 0, piece
@@ -237,7 +228,7 @@ def _raw_documents(piece: Piece, text_key: str) -> Iterator[readers.Raw | reader
 def _undamaged(raws: Iterator[readers.Raw], path: Path) -> Iterator[readers.Raw]:
     try:
         yield from raws
-    except readers.DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
 

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pretrain.data.decompress import is_compressed
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.prepare.documents import COMPRESSED_SUFFIXES, InputFile, Piece, cut, find_files
+from pretrain.prepare.documents import InputFile, Piece, cut, find_files
 from pretrain.prepare.filters import FilterSettings
 
 FORMAT = 1  # of the parts: raise it when the same input and settings give other bytes
@@ -123,9 +124,9 @@ def _evaluation_files(settings: Settings) -> list[InputFile]:
 def _grouped(pieces: list[Piece], part_bytes: int) -> Iterator[list[Piece]]:
     group, size = [], 0
     for piece in pieces:
-        is_compressed = piece.path.suffix.lower() in (*COMPRESSED_SUFFIXES, ".parquet")
+        is_packed = is_compressed(piece.path) or piece.path.suffix.lower() == ".parquet"
         group.append(piece)
-        size += (piece.end - piece.start) * (COMPRESSION if is_compressed else 1)
+        size += (piece.end - piece.start) * (COMPRESSION if is_packed else 1)
         if size >= part_bytes:
             yield group
             group, size = [], 0
