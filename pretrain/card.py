@@ -12,8 +12,11 @@ import yaml
 from pretrain import compose
 from pretrain.config import ModelConfig
 
-PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask",
-             "AutoModel": "feature-extraction"}  # fmt: skip
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask", "AutoModel": "feature-extraction",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification", "AutoModelForQuestionAnswering": "question-answering",
+}  # fmt: skip
 USES = {
     "AutoModelForCausalLM": '''\
 inputs = tokenizer("The history of the city begins", return_tensors="pt")
@@ -25,7 +28,34 @@ print(tokenizer.decode(model(**inputs).logits[0, 2].argmax()))''',
     "AutoModel": '''\
 inputs = tokenizer("The history of the city begins", return_tensors="pt")
 print(model(**inputs).last_hidden_state.shape)''',
+    "AutoModelForSequenceClassification": '''\
+inputs = tokenizer("The history of the city begins", return_tensors="pt")
+scores = model(**inputs).logits[0].{scale}
+print({{model.config.id2label[label]: round(score, 3) for label, score in enumerate(scores.tolist())}})''',
+    "AutoModelForTokenClassification": '''\
+inputs = tokenizer("The history of the city begins", return_tensors="pt")
+labels = model(**inputs).logits[0].argmax(-1).tolist()
+for token, label in zip(inputs["input_ids"][0].tolist(), labels):
+    print(tokenizer.decode([token]), model.config.id2label[label])''',
+    "AutoModelForQuestionAnswering": '''\
+inputs = tokenizer("What begins?", "The history of the city begins.", return_tensors="pt")
+made = model(**inputs)
+start, end = int(made.start_logits.argmax()), int(made.end_logits.argmax())
+print(repr(tokenizer.decode(inputs["input_ids"][0, start : end + 1])))''',
 }  # fmt: skip
+LOAD = """\
+from transformers import {auto}, AutoTokenizer
+
+folder = "."  # the folder of this file
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder{extra})
+{use}"""
+LOAD_SENTENCES = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(".")  # the folder of this file
+vectors = model.encode(["The history of the city begins", "How the town came to be"])
+print(vectors @ vectors.T)"""
 
 
 def model_card(
@@ -33,7 +63,12 @@ def model_card(
     proof: dict[str, Any],
 ) -> str:  # fmt: skip
     """The text of README.md. `proof`: what `parity.prove` compared."""
-    front = {"library_name": "transformers", "pipeline_tag": PIPELINES[auto], "tags": [hf["model_type"], "pretrain"]}
+    is_embedding = config.head == "embedding"
+    front = {
+        "library_name": "sentence-transformers" if is_embedding else "transformers",
+        "pipeline_tag": "sentence-similarity" if is_embedding else PIPELINES[auto],
+        "tags": [hf["model_type"], "pretrain"],
+    }
     facts = {
         "architecture": hf["architectures"][0],
         "parameters": f"{parameters:,}",
@@ -41,11 +76,15 @@ def model_card(
         "vocabulary": f"{config.vocab_size:,}",
         "positions": f"{config.max_positions:,}",
         "weights": hf["dtype"],
+        **({"labels": ", ".join(hf["id2label"].values())} if "id2label" in hf else {}),
         **_source(run),
         **_training(run, step),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     extra = ", add_pooling_layer=False" if auto == "AutoModel" and config.head == "none" else ""
+    scale = "sigmoid()" if hf.get("problem_type") == "multi_label_classification" else "softmax(-1)"
+    use = USES[auto].format(scale=scale) if "{scale}" in USES[auto] else USES[auto]
+    load = LOAD_SENTENCES if is_embedding else LOAD.format(auto=auto, extra=extra, use=use)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -58,20 +97,15 @@ def model_card(
 ## Load it
 
 ```python
-from transformers import {auto}, AutoTokenizer
-
-folder = "."  # the folder of this file
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {auto}.from_pretrained(folder{extra})
-{USES[auto]}
+{load}
 ```
 
 ## Checked
 
 Before this folder got its name, it was loaded with transformers {proof["transformers"]} ({proof["class"]}) and compared
-with the weights that it was made from: {proof["compared"]} of {proof["positions"]:,} positions of text and random ids
-differ by at most {proof["max_difference"]:.1e} (fp32), {_continued(proof)}the ids and the decoding of {proof["texts"]}
-tricky texts are equal.
+with the weights that it was made from: {proof["compared"]} of {proof["positions"]:,} {proof["unit"]} of text and random
+ids differ by at most {proof["max_difference"]:.1e} (fp32), {_continued(proof)}the ids and the decoding of
+{proof["texts"]} tricky texts are equal.
 """
 
 
@@ -93,31 +127,41 @@ def _source(run: Path) -> dict[str, str]:
 def _training(run: Path, step: int) -> dict[str, str]:
     """Of a trained one: how long, how, on what, how well."""
     facts = {"step": f"{step:,}"} if step else {}
+    task = _json(run / "task.json")
+    unit = "target" if task else "token"
+    if task:
+        facts["task"] = task["name"]
     rows = [row for row in _rows(run / "metrics.jsonl") if row["step"] <= step]
     if rows:
-        facts |= {"tokens seen": f"{rows[-1]['tokens']:,}", "training loss": f"{rows[-1]['loss']:.4f} nats a token"}
+        facts |= {"tokens seen": f"{rows[-1]['tokens']:,}", "training loss": f"{rows[-1]['loss']:.4f} nats a {unit}"}
     validated = [row for row in rows if "val_loss" in row]
     if validated:
-        facts[f"validation at step {validated[-1]['step']:,}"] = _quality(validated[-1])
+        facts[f"validation at step {validated[-1]['step']:,}"] = _quality(validated[-1], unit)
     evaluated = _json(run / "evaluation.json")
     if evaluated and evaluated["step"] == step:
-        facts["evaluation on all held-out text"] = _quality(evaluated)
+        facts["evaluation on all held-out text"] = _quality(evaluated, unit)
     if (run / "config.yaml").is_file():
         config = compose.read(run / "config.yaml")
         if config.init:
             facts["started from"] = Path(config.init).name
-        facts["objective"] = config.objective.name
+        if not task:
+            facts["objective"] = config.objective.name
         facts["optimizer"] = (f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.schedule.name}, "
                               f"weight decay {config.optim.weight_decay:g}")  # fmt: skip
-        facts["batch"] = f"{config.train.global_batch_size} x {config.train.seq_len} tokens"
+        batch = config.train.global_batch_size
+        facts["batch"] = f"{batch} examples" if task else f"{batch} x {config.train.seq_len} tokens"
         facts["seed"] = str(config.seed)
     return facts | {f"data: {key}": f"`{value}`" for key, value in _json(run / "data.json").items()}
 
 
-def _quality(row: dict[str, Any]) -> str:
-    loss = f"loss {row['val_loss']:.4f} nats a token"
-    bits = row.get("val_bits_per_byte")
-    return loss if bits is None else f"{loss}, {bits:.4f} bits per byte"
+def _quality(row: dict[str, Any], unit: str) -> str:
+    told = [f"loss {row['val_loss']:.4f} nats a {unit}"]
+    for key, value in row.items():
+        if key == "val_bits_per_byte" and value is not None:
+            told.append(f"{value:.4f} bits per byte")
+        elif key.startswith("val_") and key != "val_loss" and value is not None:
+            told.append(f"{key.removeprefix('val_').replace('_', ' ')} {value:.4f}")
+    return ", ".join(told)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +21,34 @@ from pretrain.card import model_card
 from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.files import check_room, lock, sha256_of_file, sync_folder, write_synced
-from pretrain.model.heads import parameter_shapes
-from pretrain.model.hf import HFTensor, Leftover, auto_class, from_hf_config, hf_tensors, match_names, to_hf_config
-from pretrain.tensors import INDEX, READABLE, SINGLE, Spec, TensorFolder, write_folder
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.hf import auto_class, hf_tensors, label_settings, to_hf_config
+from pretrain.model.hf_parts import LABELLED
+from pretrain.model.hf_sentences import sentence_files
+from pretrain.source import TASK_OF, Source, check_vocabulary, open_source
+from pretrain.tensors import Spec, write_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "tokenizer.model")  # fmt: skip
 INSTALL = "pip install 'pretrain[hf]'"
-IMPORTED = "imported.json"
+IMPORTED, TASK = "imported.json", "task.json"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face folder that can be imported: everything about it is checked but the values of its weights."""
+def open_model(path: Path) -> checkpoint.Weights | Source:
+    """The weights of a run, of one of its checkpoints, or of a Hugging Face folder: `config`, `shapes`, `read(name)`,
+    `read_range(name, offset, numel)`.
+    """
+    return open_source(Path(path)) if (Path(path) / "config.json").is_file() else checkpoint.Weights(Path(path))
 
-    folder: Path
-    architecture: str
-    config: ModelConfig
-    tokenizer: Tokenizer
-    tensors: TensorFolder
-    listed: list[HFTensor]
-    found: dict[str, str]
-    leftovers: list[Leftover]
 
-    @cached_property
-    def _home(self) -> dict[str, HFTensor]:
-        return {ours: tensor for tensor in self.listed for ours in tensor.ours}
-
-    def read(self, name: str) -> torch.Tensor:
-        """A parameter of ours."""
-        tensor = self._home[name]
-        theirs = self.tensors.read(self.found[tensor.name])
-        if not theirs.isfinite().all():
-            raise ValueError(f"{self.found[tensor.name]} has values that are not finite numbers: the model is damaged")
-        return tensor.from_hf(theirs)[tensor.ours.index(name)]
-
-    def files(self) -> list[Path]:
-        names = ("config.json", *TOKENIZER_FILES)
-        others = [self.folder / name for name in names if (self.folder / name).is_file()]
-        return others + [file.path for file in self.tensors.files]
+def load_model(path: Path) -> torch.nn.Module:
+    """The model of a run, of one of its checkpoints, or of a Hugging Face folder, in fp32 on the CPU, ready to use."""
+    weights = open_model(path)
+    if isinstance(weights, checkpoint.Weights):
+        return checkpoint.load_model(path)
+    model = build_model(weights.config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights.read(name))
+    return model
 
 
 def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: bool = True) -> dict[str, Any]:
@@ -83,6 +68,8 @@ def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: b
                 bar.update(path.stat().st_size)
             checkpoint.write_weights(staging, source.config, source.read, bar.update)
         write_synced(staging / source.tokenizer.file_name, source.tokenizer.file_bytes)
+        if source.task:
+            write_synced(staging / TASK, _json(source.task))
         proof = None
         if check and has_transformers():
             allowed = [leftover.name for leftover in source.leftovers]
@@ -94,74 +81,29 @@ def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: b
             "left_out": [{"name": leftover.name, "reason": leftover.reason} for leftover in source.leftovers],
             "proof": proof,
         }  # fmt: skip
-        write_synced(staging / IMPORTED, (json.dumps(facts, indent=1) + "\n").encode())
+        write_synced(staging / IMPORTED, _json(facts))
     return facts
 
 
-def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
-    """Check a Hugging Face folder, all but the values of its weights; `ValueError` for what cannot be imported."""
-    hf = read_config(folder)
-    check_files(folder, hf)
-    tensors = TensorFolder(folder)
-    config = from_hf_config(hf, ignore, tensors.names)
-    found, leftovers = match_names(config, tensors.names, hf["model_type"])
-    listed = hf_tensors(config, hf["model_type"])
-    wrong = [f"{found[t.name]} has the shape {list(shape)}, config.json calls for {list(t.shape)}" for t in listed
-             if (shape := tensors.shape(found[t.name])) != t.shape]  # fmt: skip
-    wrong += [f"{name} is stored as {dtype}; {', '.join(READABLE)} can be read" for name in found.values()
-              if (dtype := tensors.dtype(name)) not in READABLE]  # fmt: skip
-    if wrong:
-        raise ValueError(f"{folder}: {'; '.join(wrong[:4])}" + f"; {len(wrong) - 4} more" * (len(wrong) > 4))
-    for leftover in leftovers:
-        if leftover.copy_of and not torch.equal(tensors.read(leftover.name), tensors.read(leftover.copy_of)):
-            raise ValueError(f"{folder}: {leftover.name} differs from {leftover.copy_of}, and config.json says that "
-                             "they are one (tie_word_embeddings): the two do not belong together")  # fmt: skip
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, config)
-    architecture = (hf.get("architectures") or [hf["model_type"]])[0]
-    return Source(folder, architecture, config, tokenizer, tensors, listed, found, leftovers)
+def task_of(path: Path) -> dict[str, Any]:
+    """What a model of `open_model` was tuned for, as a run's task.json says it; empty where for nothing."""
+    weights = open_model(path)
+    return weights.task if isinstance(weights, Source) else read_task(checkpoint.run_of(path), weights.config)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: if that is a model's name on the Hugging Face hub, download "
-                         f"it (hf download {folder} --local-dir {folder.name}) and import {folder.name}")  # fmt: skip
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face model")
-    try:
-        hf = json.loads(path.read_text())
-        if not isinstance(hf, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): get the file again") from None
-    return hf
-
-
-def check_files(folder: Path, hf: dict[str, Any]) -> None:
-    """Whether the weights are in files that can be read without running code."""
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        return
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: give the folder of a whole Hugging Face model")
-    kind, old, new = (hf.get("architectures") or ["AutoModel"])[0], str(folder), f"{folder.name}-safetensors"
-    steps = f"[k.from_pretrained({old!r}).save_pretrained({new!r}) for k in (t.{kind}, t.AutoTokenizer)]"
-    command = f'python -c "import transformers as t; {steps}"'
-    raise ValueError(
-        f"{folder} has its weights in {', '.join(pickles[:3])} and not in {SINGLE}. That is a pickle: to read it is to "
-        f"run whatever code is in it. If you trust its origin, convert it ({command}) and import {new}"
-    )
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size:,} ids, the model's embedding only "
-                         f"{config.vocab_size:,} rows: they do not belong together")  # fmt: skip
+def read_task(run: Path, config: ModelConfig) -> dict[str, Any]:
+    """A run's task.json, empty where it has none."""
+    if not (run / TASK).is_file():
+        return {}
+    task = json.loads((run / TASK).read_text())
+    if config.head in LABELLED and len(task["labels"]) != config.labels:
+        raise ValueError(f"{run / TASK} names {len(task['labels'])} labels, the model has {config.labels} outputs: "
+                         "they do not belong together")  # fmt: skip
+    return task
 
 
 def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.0) -> dict[str, Any]:
-    """Export a run's newest checkpoint, or the checkpoint given, as a Hugging Face folder; what was proven is returned.
+    """Export a run's checkpoint (`checkpoint.to_use`) as a Hugging Face folder; what was proven is returned.
 
     `ValueError` says what no architecture there has, and where transformers and this program part; then nothing is
     written.
@@ -172,7 +114,7 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
     folder, config = checkpoint.run_of(Path(run)), weights.config
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config)
-    hf = hf_config(config, tokenizer, dtype)
+    hf = hf_config(config, tokenizer, dtype, read_task(folder, config))
     listed = {tensor.name: tensor for tensor in hf_tensors(config, hf["model_type"])}
     specs = [Spec(name, DTYPES[dtype], tensor.shape) for name, tensor in listed.items()]
 
@@ -190,6 +132,7 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
             checkpoint.verify(weights.checkpoint, on_bytes=bar.update)
             write_folder(staging, specs, read_theirs, int(shard_gb * 1e9), bar.update)
         for name, content in small_files(hf, tokenizer, config).items():
+            (staging / name).parent.mkdir(exist_ok=True)
             write_synced(staging / name, content)
         proof = compared(staging, config, read_rounded, tokenizer, staging)
         parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
@@ -199,21 +142,47 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
     return proof
 
 
-def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """config.json, with the tokenizer's special ids."""
-    ids = tokenizer.special_ids
+def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, task: dict[str, Any]) -> dict[str, Any]:
+    """config.json, with the tokenizer's special ids and the names of a task's labels."""
+    ids = dict(tokenizer.special_ids)
+    if config.head in TASK_OF and (role := padding(tokenizer)):
+        ids["pad"] = ids[role]
     theirs = to_hf_config(config, ids.get("pad")) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    if config.head in LABELLED and task:
+        theirs |= label_settings(task["labels"], task["multi_label"])
     return theirs | {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad", "cls", "sep") if name in ids}
+
+
+def padding(tokenizer: Tokenizer) -> str | None:
+    """The role of the token that fills up batches of texts: where there is none for it, what ends a text does it. A
+    causal model's texts are not over when they are judged, so none of them ends with it: transformers takes the last
+    other token for a text's last one.
+    """
+    return next((role for role in ("pad", "eos", "sep") if role in tokenizer.special_ids), None)
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
+    """The tokenizer's; one for a task does with texts what `tasks` does, and fills up batches behind them."""
+    ends = config.head in TASK_OF and not config.causal
+    files, name = tokenizer.hf_files(config.max_positions, ends), "tokenizer_config.json"
+    settings, role = json.loads(files[name]), padding(tokenizer)
+    if config.head not in TASK_OF or role == "pad" and settings.get("padding_side", "right") == "right":
+        return files
+    named = {} if role is None else {"pad_token": settings[f"{role}_token"]}
+    return files | {name: _json(settings | named | {"padding_side": "right"})}
 
 
 def small_files(hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
     """Everything of an export but the weights and the card."""
-    files = {"config.json": hf}
+    files = {"config.json": hf} | (sentence_files(config) if config.head == "embedding" else {})
     if auto_class(config) == "AutoModelForCausalLM":
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
         files["generation_config.json"] = ids
-    written = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    return written | tokenizer.hf_files(config.max_positions)
+    return {name: _json(content) for name, content in files.items()} | tokenizer_files(tokenizer, config)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def compared(
@@ -232,7 +201,7 @@ def said(proof: dict[str, Any]) -> str:
     """What was compared, in a line."""
     continued = f", {proof['continued_tokens']} tokens of greedy text" if proof["continued_tokens"] else ""
     return (
-        f"equal to transformers {proof['transformers']}: {proof['compared']} of {proof['positions']:,} positions "
+        f"equal to transformers {proof['transformers']}: {proof['compared']} of {proof['positions']:,} {proof['unit']} "
         f"(largest difference {proof['max_difference']:.1e}){continued}, ids and text of {proof['texts']} tricky texts"
     )
 

@@ -2,8 +2,8 @@
 
 `transformers` loads the folder in a process of its own (`reference`) and computes; we compute the same from our own
 weights, which are read module by module, so that memory is bounded by the largest of them. Compared are the ids and
-the decoding of tricky texts, logits (or hidden states) on real text and on random ids, with and without padding, and
-what continues prompts. The first difference is a `ValueError` that says where they part.
+the decoding of tricky texts, logits (or hidden states, or embeddings) on real text and on random ids, with and without
+padding, and what continues prompts. The first difference is a `ValueError` that says where they part.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch import nn
 from pretrain.config import ModelConfig
 from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer
-from pretrain.model.heads import build_model
+from pretrain.model.heads import EmbeddingModel, build_model
 from pretrain.model.hf import auto_class
 from pretrain.tensors import TensorFolder
 
@@ -64,6 +64,7 @@ CHINESE = """清晨的集市还没有开门，广场上只有几只鸽子。一�
 为了它，她走了十一里路，而买下它的人连价钱都没有问。"""
 PASSAGES = {"the English passage": ENGLISH, "the code passage": CODE, "the Chinese passage": CHINESE}
 POOLERS = ("bert", "roberta")  # their AutoModel would make up a pooler that the file lacks
+COMPARED = {"pooled": "hidden states", "none": "hidden states", "embedding": "embeddings"}  # of others logits
 PROMPTS = ("The history of the city begins", "def main():\n    ", "今天天气")
 
 
@@ -92,20 +93,25 @@ def prove(
             "auto_class": auto_class(config), "dtype": dtype_of(folder), "texts": TRICKY_TEXTS,
             "batches": [inputs_of(*batch) for batch in batches],
             "prompts": prompts, "new_tokens": min(NEW_TOKENS, config.max_positions - max(map(len, prompts), default=0)),
-            "arguments": {"add_pooling_layer": False} if config.head == "none" and hf["model_type"] in POOLERS else {},
+            "arguments": {"add_pooling_layer": False}
+            if config.head in ("none", "embedding") and hf["model_type"] in POOLERS else {},
+            "is_embedding": config.head == "embedding",
         }  # fmt: skip
         answer = ask(folder, request, scratch)
         check_loading(answer, allowed_unused)
         check_texts(answer, tokenizer)
         model = streamed(config, read)
-        worst = [check_batch(model, *batch, tokenizer, scratch, number) for number, batch in enumerate(batches)]
+        worst = [check_batch(model, batch, tokenizer, scratch, number) for number, batch in enumerate(batches)]
         check_continuations(model, answer, prompts, tokenizer)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    lengths = [len(row.ids) for rows, *_ in batches for row in rows]
+    whole_rows = config.head in ("sequence", "embedding")
     return {
         "max_difference": max(worst),
-        "compared": "logits" if config.head == "lm" else "hidden states",
-        "positions": sum(len(row.ids) for rows, *_ in batches for row in rows),
+        "compared": COMPARED.get(config.head, "logits"),
+        "positions": len(lengths) if whole_rows else sum(lengths),
+        "unit": "rows" if whole_rows else "positions",
         "continued_tokens": sum(map(len, answer["continuations"])),
         "texts": len(TRICKY_TEXTS),
         "transformers": answer["transformers"],
@@ -120,8 +126,12 @@ def dtype_of(folder: Path) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
-def make_batches(config: ModelConfig, tokenizer: Tokenizer, hf: dict[str, Any]) -> list[tuple[list[Row], bool, bool]]:
-    """(rows, whether they are padded, whether their second halves are another segment): real text, random ids."""
+def make_batches(
+    config: ModelConfig, tokenizer: Tokenizer, hf: dict[str, Any]
+) -> list[tuple[list[Row], bool, bool, int]]:
+    """(rows, whether they are padded, whether their second halves are another segment, padding): real text, random
+    ids.
+    """
     length = LENGTH
     if LENGTH < config.sliding_window + 32 <= LONGEST:
         length = config.sliding_window + 32
@@ -130,13 +140,16 @@ def make_batches(config: ModelConfig, tokenizer: Tokenizer, hf: dict[str, Any]) 
     texts = [Row(what, (ids * (length // len(ids) + 1))[:length]) for what, ids in passages.items()]
     if not config.causal and tokenizer.mask is not None:
         texts = [Row(row.what + ", masked", masked(row.ids, tokenizer.mask)) for row in texts]
-    # a RoBERTa of theirs counts positions by the padding it finds: inside a text there is none
-    forbidden = hf.get("pad_token_id", 1) if hf.get("model_type") == "roberta" else None
+    # theirs find padding by its id, a RoBERTa to count positions, a causal model a text's end: inside there is none
+    pad, finds_end = hf.get("pad_token_id"), config.head == "sequence" and config.pooling == "last"
+    forbidden = hf.get("pad_token_id", 1) if hf.get("model_type") == "roberta" else pad if finds_end else None
     whole = [*texts, *(Row(f"random ids, row {row}", random_ids(config, length, row, forbidden))
                        for row in range(RANDOM_ROWS))]  # fmt: skip
     lengths = [max(1, length * (4 - number) // 4) for number in range(len(texts))]
+    if finds_end and pad is None:  # they take one row at a time
+        return [([row], False, False, 0) for row in whole]
     cut = [Row(row.what + ", padded", row.ids[:shorter]) for row, shorter in zip(texts, lengths, strict=True)]
-    return [(whole, False, False), (cut, True, config.segments > 1)]
+    return [(whole, False, False, 0), (cut, True, config.segments > 1, pad or 0)]
 
 
 def masked(ids: list[int], mask: int) -> list[int]:
@@ -158,10 +171,10 @@ def make_prompts(config: ModelConfig, tokenizer: Tokenizer) -> list[list[int]]:
     return [[*tokenizer.prefix, *tokenizer.encode(text)][:room] for text in PROMPTS]
 
 
-def inputs_of(rows: list[Row], padded: bool, segmented: bool) -> dict[str, list[list[int]]]:
+def inputs_of(rows: list[Row], padded: bool, segmented: bool, pad: int = 0) -> dict[str, list[list[int]]]:
     """What transformers is given for a batch."""
     length = max(len(row.ids) for row in rows)
-    inputs = {"input_ids": [row.ids + [0] * (length - len(row.ids)) for row in rows]}
+    inputs = {"input_ids": [row.ids + [pad] * (length - len(row.ids)) for row in rows]}
     if padded:
         inputs["attention_mask"] = [[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows]
     if segmented:
@@ -252,22 +265,24 @@ def streamed(config: ModelConfig, read: Callable[[str], torch.Tensor]) -> nn.Mod
     return model
 
 
-def run(model: nn.Module, rows: list[Row], padded: bool, segmented: bool) -> dict[str, torch.Tensor]:
+def run(model: nn.Module, rows: list[Row], padded: bool, segmented: bool, pad: int = 0) -> dict[str, torch.Tensor]:
     """Our outputs of a batch, under transformers' names."""
-    inputs = {name: torch.tensor(values) for name, values in inputs_of(rows, padded, segmented).items()}
+    inputs = {name: torch.tensor(values) for name, values in inputs_of(rows, padded, segmented, pad).items()}
     documents = inputs["attention_mask"] - 1 if padded else None  # 0: the only document; -1: padding
     found = model(inputs["input_ids"], documents=documents, segments=inputs.get("token_type_ids"))
     if isinstance(found, tuple):
         return {"last_hidden_state": found[0], "pooler_output": found[1]}
+    if isinstance(model, EmbeddingModel):
+        return {"sentence_embedding": found}
     return {"logits" if hasattr(model, "head") else "last_hidden_state": found}
 
 
 def check_batch(
-    model: nn.Module, rows: list[Row], padded: bool, segmented: bool, tokenizer: Tokenizer, scratch: Path, number: int
+    model: nn.Module, batch: tuple[list[Row], bool, bool, int], tokenizer: Tokenizer, scratch: Path, number: int
 ) -> float:
     """Compare our outputs of a batch with theirs, a row at a time; the largest difference."""
-    worst = 0.0
-    for name, ours in run(model, rows, padded, segmented).items():
+    worst, rows = 0.0, batch[0]
+    for name, ours in run(model, *batch).items():
         path = scratch / f"{number}.{name}.npy"
         if not path.is_file():
             raise ValueError(f"transformers' model gives no {name}")
@@ -284,9 +299,7 @@ def check_batch(
     return worst
 
 
-def where_they_part(
-    name: str, row: Row, expected: torch.Tensor, found: torch.Tensor, tokenizer: Tokenizer
-) -> str:
+def where_they_part(name: str, row: Row, expected: torch.Tensor, found: torch.Tensor, tokenizer: Tokenizer) -> str:
     gap = (expected - found).abs().nan_to_num(nan=float("inf"))
     first = tuple((gap > TOLERANCE).nonzero()[0].tolist())
     place = ""

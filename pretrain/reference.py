@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "sentence_embedding")
 
 
 def main() -> None:
@@ -39,7 +39,13 @@ def main() -> None:
     model.eval()
     with torch.inference_mode():
         for index, batch in enumerate(request["batches"]):
-            made = model(**{name: torch.tensor(rows) for name, rows in batch.items()})
+            inputs = {name: torch.tensor(rows) for name, rows in batch.items()}
+            made = dict(model(**inputs))
+            if "start_logits" in made:
+                made["logits"] = torch.stack((made["start_logits"], made["end_logits"]), -1)
+            if request["is_embedding"]:
+                mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+                made["sentence_embedding"] = embedding(request["folder"], made["last_hidden_state"], mask)
             for name in OUTPUTS:
                 if made.get(name) is not None:
                     np.save(output / f"{index}.{name}.npy", made[name].numpy(), allow_pickle=False)
@@ -51,6 +57,18 @@ def main() -> None:
         for ids in answer["continuations"]
     ]
     (output / "answer.json").write_text(json.dumps(answer))
+
+
+def embedding(folder: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What sentence-transformers makes of hidden states, by the folder's 1_Pooling/config.json and its Normalize."""
+    settings = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
+    mode = settings.get("pooling_mode") or next(key for key, value in settings.items() if "mode" in key and value)
+    if "mean" in mode:
+        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        last = mask.sum(1) - 1
+        pooled = hidden[torch.arange(len(hidden)), last if "lasttoken" in mode else torch.zeros_like(last)]
+    return torch.nn.functional.normalize(pooled, dim=1)
 
 
 def compute_in_fp32(model: torch.nn.Module) -> None:

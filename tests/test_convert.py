@@ -22,12 +22,13 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from pretrain import checkpoint, compose, convert, parity  # noqa: E402
+from pretrain import checkpoint, compose, convert, parity, source  # noqa: E402
 from pretrain.config import ModelConfig  # noqa: E402
 from pretrain.data import fast  # noqa: E402
 from pretrain.data.pieces import SentencePieceTokenizer  # noqa: E402
 from pretrain.data.tokenizer import load_tokenizer  # noqa: E402
 from pretrain.engine import WEIGHT, Fragment  # noqa: E402
+from pretrain.model import hf  # noqa: E402
 from pretrain.model.heads import parameter_shapes  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.test_fast_tokenizer import byte_level, word_piece  # noqa: E402
@@ -93,6 +94,12 @@ def pieces(tmp_path_factory) -> Path:
     return saved(tmp_path_factory.mktemp("pieces"), made, roles)
 
 
+@pytest.fixture(scope="module")
+def endoftext(tmp_path_factory) -> Path:
+    """GPT-2's kind of tokenizer: its only special token ends a text."""
+    return saved(tmp_path_factory.mktemp("endoftext"), *byte_level())
+
+
 def saved(folder: Path, made, roles: dict) -> Path:
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **roles).save_pretrained(folder)
     return folder
@@ -153,6 +160,94 @@ def test_zero3_in_bf16_shards_and_a_checkpoint_by_name(train, tmp_path):
     convert.import_hf(tmp_path / "hf", tmp_path / "back", check=False)
     back = checkpoint.Weights(tmp_path / "back")
     assert all(torch.equal(back.read(name), ours.read(name).bfloat16().float()) for name in ours.shapes)
+
+
+TUNED = {  # a model, its head, its tokenizer, the class it becomes
+    "bert": ("bert_base", "sequence", "words", "BertForSequenceClassification"),
+    "bert embedding": ("bert_base", "embedding", "words", "BertModel"),
+    "roberta": ("roberta_base", "tokens", "pieces", "RobertaForTokenClassification"),
+    "modernbert": ("modernbert_base", "span", "words", "ModernBertForQuestionAnswering"),
+    "gpt2, padding of its own": ("gpt2_124m", "sequence", "own", "GPT2ForSequenceClassification"),
+    "gpt2": ("gpt2_124m", "sequence", "endoftext", "GPT2ForSequenceClassification"),
+    "llama with lora": ("llama_tiny", "tokens", "own", "LlamaForTokenClassification"),
+    "qwen3 embedding": ("llama_14m", "embedding", "endoftext", "Qwen3Model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TUNED)
+def test_a_tuned_model_goes_out_proven_with_its_labels_and_comes_back(case, request, shards, environment, tmp_path):
+    preset, head, kind, name = TUNED[case]
+    tokenizer = load_tokenizer(shards if kind == "own" else request.getfixturevalue(kind))
+    labels = ["bad", "so so", "gut, für alle"] if head in ("sequence", "tokens") else []
+    base = model(f"model={preset}", vocab_size=tokenizer.vocab_size)
+    config = replace(hf.fitting_head(base, head, len(labels)), lora_rank=2 * (case == "llama with lora"))
+    run, task = write_run(tmp_path / "run", config, tokenizer), source.TASK_OF[head]
+    facts = {"name": task, "labels": labels, "multi_label": case == "bert"}
+    (run / "task.json").write_text(json.dumps(facts))
+    proof = convert.export_hf(run, tmp_path / "hf")
+    assert proof["class"] == name and proof["max_difference"] <= parity.TOLERANCE
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    if labels:
+        assert list(written["id2label"].values()) == list(written["label2id"]) == labels
+        assert (written.get("problem_type") == "multi_label_classification") == (case == "bert")
+    if case == "gpt2":  # nothing to fill up with but what ends a text
+        settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+        assert written["pad_token_id"] == tokenizer.eos and settings["pad_token"] == settings["eos_token"]
+    convert.import_hf(tmp_path / "hf", tmp_path / "back", check=False)
+    assert equal(run, tmp_path / "back") and json.loads((tmp_path / "back/task.json").read_text()) == facts
+    card = (tmp_path / "hf/README.md").read_text()
+    assert f"| task | {task} |" in card
+    if case in ("bert", "roberta", "modernbert"):
+        line = [sys.executable, "-c", card.split("```python\n")[1].split("```")[0]]
+        ran = subprocess.run(line, cwd=tmp_path / "hf", env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+
+
+@pytest.mark.parametrize("head, changed", [("sequence", "classifier.weight"), ("embedding", "final_norm.weight")])
+def test_a_head_with_one_other_number_is_caught(head, changed, words, tmp_path):
+    tokenizer = load_tokenizer(words)
+    base = model("model=modernbert_10m", vocab_size=tokenizer.vocab_size)
+    config = hf.fitting_head(base, head, 2 if head == "sequence" else 0)
+    run = write_run(tmp_path / "run", config, tokenizer)
+    convert.export_hf(run, tmp_path / "hf")
+    edit(tmp_path / "hf", "model.safetensors", lambda tensors: tensors[changed].view(-1)[3].add_(0.01))
+    with pytest.raises(ValueError, match=r"(logits|sentence_embedding) part on the English passage, masked: number "):
+        parity.prove(tmp_path / "hf", config, checkpoint.Weights(run).read, tokenizer, tmp_path / "scratch")
+
+
+def test_labels_of_another_number_than_the_outputs_are_refused(words, tmp_path):
+    tokenizer = load_tokenizer(words)
+    config = hf.fitting_head(model("model=bert_base", vocab_size=tokenizer.vocab_size), "tokens", 3)
+    run = write_run(tmp_path / "run", config, tokenizer)
+    (run / "task.json").write_text(json.dumps({"name": "token_classification", "labels": ["O"], "multi_label": False}))
+    with pytest.raises(ValueError, match="names 1 labels, the model has 3 outputs"):
+        convert.export_hf(run, tmp_path / "hf")
+
+
+def test_a_causal_classifier_without_padding_is_compared_row_by_row(theirs, tmp_path):
+    """As many on the hub are: config.json has no pad_token_id, and transformers takes one text at a time."""
+    folder = shutil.copytree(theirs, tmp_path / "it", ignore=shutil.ignore_patterns("model*", "config.json"))
+    config = transformers.AutoConfig.from_pretrained(theirs, num_labels=4)
+    torch.manual_seed(0)
+    transformers.MistralForSequenceClassification(config).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
+    facts = convert.import_hf(folder, tmp_path / "run")
+    assert facts["proof"]["compared"] == "logits" and facts["proof"]["unit"] == "rows"
+    assert json.loads((tmp_path / "run/task.json").read_text())["labels"] == [f"LABEL_{n}" for n in range(4)]
+
+
+def test_runs_checkpoints_and_folders_of_theirs_are_opened_alike(theirs, tmp_path):
+    convert.import_hf(theirs, tmp_path / "run", check=False)
+    places = [tmp_path / "run", tmp_path / "run/checkpoints/step-000000000", theirs]
+    opened, loaded = map(convert.open_model, places), [convert.load_model(place) for place in places]
+    first, second, third = opened
+    assert first.config == second.config == third.config and first.shapes == second.shapes == third.shapes
+    for name, parameter in loaded[0].named_parameters():
+        for weights, other in zip((first, second, third), loaded, strict=True):
+            assert torch.equal(weights.read(name), parameter) and torch.equal(other.get_parameter(name), parameter)
+            assert torch.equal(weights.read_range(name, 3, 9), parameter.view(-1)[3:12])
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        convert.open_model(tmp_path)
 
 
 FAMILIES = {
@@ -347,8 +442,8 @@ def test_a_wrong_rule_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_a_wrong_token_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
-    def swapped(tokenizer, max_positions):
-        files = right(tokenizer, max_positions)
+    def swapped(tokenizer, *settings):
+        files = right(tokenizer, *settings)
         content = json.loads(files["tokenizer.json"])
         vocab = content["model"]["vocab"]
         vocab["<0x01>"], vocab["<0x1B>"] = vocab["<0x1B>"], vocab["<0x01>"]

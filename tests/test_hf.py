@@ -15,7 +15,7 @@ import yaml
 from pretrain import compose
 from pretrain.checks import check_model
 from pretrain.config import ModelConfig
-from pretrain.generate import sample_ids
+from pretrain.generate import generate_batch
 from pretrain.model import hf, hf_parts
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.losses import cross_entropy_rows
@@ -84,6 +84,22 @@ CASES = {
     "modernbert bare": ("ModernBertModel", MODERN | dict(layer_types=KINDS[:1] * 5, hidden_activation="silu")),
     "modernbert full": ("ModernBertForMaskedLM", MODERN | dict(layer_types=KINDS[1:] * 5, decoder_bias=False)),
 }  # fmt: skip
+TUNED = {
+    "gpt2": ("GPT2", GPT2 | dict(pad_token_id=1)),
+    "llama": ("Llama", DECODER | dict(pad_token_id=1, attention_bias=True)),
+    "mistral": ("Mistral", DECODER | dict(pad_token_id=1, sliding_window=5)),
+    "qwen3": ("Qwen3", DECODER | dict(pad_token_id=1)),
+    "bert": ("Bert", ENCODER),
+    "roberta": ("Roberta", ENCODER | dict(type_vocab_size=1)),
+    "modernbert": ("ModernBert", MODERN | dict(classifier_pooling="mean")),
+}  # fmt: skip
+for family, (name, settings) in TUNED.items():
+    CASES[f"{family} sequence"] = (f"{name}ForSequenceClassification", settings | dict(num_labels=5))
+    CASES[f"{family} tokens"] = (f"{name}ForTokenClassification", settings | dict(num_labels=7))
+    CASES[f"{family} span"] = (f"{name}ForQuestionAnswering", settings)
+CASES["modernbert first"] = ("ModernBertForSequenceClassification", MODERN | dict(
+    norm_bias=True, mlp_bias=True, classifier_bias=True, classifier_pooling="cls",
+    id2label={0: "no", 1: "yes"}))  # fmt: skip
 IN_FP32 = ("llama", "mistral", "qwen3", "modernbert")  # their norms or softmax are fp32 whatever the model is
 
 
@@ -150,6 +166,8 @@ def compare(ours, theirs, config):
     tokens, mask, segments = batch(config)
     kinds = {"token_type_ids": segments} if config.segments else {}
     made = theirs(input_ids=tokens, attention_mask=mask, **kinds)
+    if "start_logits" in made:
+        made["logits"] = torch.stack((made.start_logits, made.end_logits), -1)
     expected = [made[key] for key in ("logits", "prediction_logits", "last_hidden_state", "pooler_output")
                 if made.get(key) is not None]  # fmt: skip
     got = ours(tokens, documents=mask - 1, **({"segments": segments} if config.segments else {}))
@@ -188,7 +206,7 @@ def test_ours_computes_the_same_as_theirs(case, tmp_path):
     assert [(tensor.name, tensor.shape) for tensor in hf.hf_tensors(imported)] == [
         (name, tuple(value.shape)) for name, value in tensors.items()
     ]
-    (tmp_path / "config.json").write_text(json.dumps(written))
+    (tmp_path / "config.json").write_text(json.dumps(written | {"pad_token_id": 1}))
     safetensors_torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     loader = getattr(transformers, hf.auto_class(imported))
     theirs, loading = loader.from_pretrained(
@@ -241,7 +259,7 @@ def test_decoding_with_a_cache_gives_their_ids(case):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
-    chosen = list(sample_ids(ours, prompt[0].tolist(), 20, 0.0, 1.0, 0, -1))
+    (chosen,) = generate_batch(ours, prompt.tolist(), 20)
     assert chosen == made[0, 9:].tolist() and len(set(chosen)) > 3
 
 
@@ -333,7 +351,8 @@ MUTATIONS = {
     "norm_eps": (1e-5, 1e-3), "norm_bias": (True, False), "embedding_norm": (True, False),
     "scaled_embeddings": (True, False), "segments": (0, 1, 2), "qk_norm": (True, False),
     "activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2"), "attention_bias": (True, False),
-    "ffn_bias": (True, False), "tied_embeddings": (True, False), "head": ("lm", "pooled", "none"),
+    "ffn_bias": (True, False), "tied_embeddings": (True, False), "labels": (0, 2, 5),
+    "head": ("lm", "pooled", "none", "sequence", "tokens", "span"), "pooling": ("first", "last", "mean", "pooler"),
     "head_transform": (True, False), "head_bias": (True, False), "logit_softcap": (0.0, 30.0), "kv_heads": (0, 1, 2),
     "head_width": (0, 6, 8), "ffn_width": (0, 40), "layers": (1, 3, 4), "max_positions": (32, 128), "width": (24, 30),
     "dropout": (0.0, 0.1),
@@ -363,13 +382,14 @@ def test_settings_come_back_from_a_round_trip_and_what_no_architecture_has_is_re
             refused += 1
             continue
         written[theirs["model_type"]] += 1
-        again = hf.from_hf_config(theirs)
+        names = [tensor.name for tensor in hf.hf_tensors(config)]
+        again = hf.from_hf_config(theirs, names=names)
         check_model(again)
         assert function_of(again) == function_of(config), config
         assert again.dropout == config.dropout and again == hf_parts.settled(again)
         if sum(written.values()) % 8 == 0:  # their class reads it as we do
             cls = getattr(transformers, theirs["architectures"][0]).config_class
-            assert hf.from_hf_config(cls(**theirs).to_dict()) == again
+            assert hf.from_hf_config(cls(**theirs).to_dict(), names=names) == again
             assert hf.hf_tensors(again) == hf.hf_tensors(config)
     assert min(written.values()) > 25 and refused > 300, (written, refused)
 
@@ -440,6 +460,8 @@ LM = {"architectures": ["BertForMaskedLM"]}
     ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id=None"),
     ({"model_type": "roberta", "hidden_act": "relu"}, "hidden_act="),
     ({"model_type": "modernbert", "classifier_bias": True}, "classifier_bias=True"),
+    ({"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"],
+      "classifier_pooling": "max"}, "classifier_pooling='max'"),
     ({"model_type": "modernbert", "classifier_activation": "relu"}, "classifier_activation='relu'"),
     ({"model_type": "modernbert", "num_hidden_layers": 2, "layer_types": KINDS}, "layer_types=['sliding"),
     ({"model_type": "modernbert", "rope_parameters": {KINDS[0]: LINEAR}}, "rope_parameters="),
@@ -462,8 +484,10 @@ def test_settings_that_change_the_function_are_refused_or_ignored_on_demand(sett
 @pytest.mark.parametrize("settings, message", [
     ({}, "model_type=None is not supported; these are: gpt2, llama, mistral"),
     ({"model_type": "t5"}, "model_type='t5' is not supported"),
-    ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
-     "architectures=BertForSequenceClassification is not supported .*: BertForMaskedLM|BertModel"),
+    ({"model_type": "bert", "architectures": ["BertForMultipleChoice"]},
+     "architectures=BertForMultipleChoice is not supported .*: BertForMaskedLM, BertForSequenceClassification, "),
+    ({"model_type": "bert", "architectures": ["BertForTokenClassification"], "id2label": {"0": "a", "2": "b"}},
+     "id2label=.*must name the labels 0 to 1"),
     ({"model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}, "architectures=GPT2DoubleHeadsModel is not"),
     ({"model_type": "roberta", "architectures": ["RobertaForCausalLM"]}, "architectures=RobertaForCausalLM is not"),
     ({"model_type": "llama", "hidden_size": "64"}, "hidden_size='64' must be a"),

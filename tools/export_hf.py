@@ -1,9 +1,10 @@
 """python tools/export_hf.py runs/NAME --output DIR
 
-Exports a run's newest checkpoint (or the checkpoint folder given) as a Hugging Face folder: config.json, safetensors,
-tokenizer, model card. Any ZeRO stage and number of ranks, without a GPU, with memory for the largest tensor, not the
-model. transformers loads the result and is compared with the checkpoint (logits, greedy text, token ids); DIR does not
-appear when they differ.
+Exports a run's newest checkpoint (of a fine-tuned run its best; or the checkpoint folder given) as a Hugging Face
+folder: config.json with the names of labels, safetensors, tokenizer, model card. LoRA is merged; an embedding model is
+one that SentenceTransformer loads. Any ZeRO stage and number of ranks, without a GPU, with memory for the largest
+tensor, not the model. transformers loads the result and is compared with the checkpoint (logits or embeddings, greedy
+text, token ids); DIR does not appear when they differ.
 """
 
 import argparse

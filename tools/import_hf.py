@@ -1,9 +1,10 @@
 """python tools/import_hf.py DIR --output runs/NAME
 
 Imports a model from a Hugging Face folder (config.json, safetensors, a fast tokenizer): GPT-2, LLaMA, Mistral, Qwen3,
-BERT, RoBERTa, ModernBERT. runs/NAME then holds a checkpoint of its weights, and its tokenizer: generate from it, or
-start a run from it with init=runs/NAME. Where transformers is installed, what it computes is compared, and runs/NAME
-does not appear when they differ.
+BERT, RoBERTa, ModernBERT; a language model, a classifier of texts or of tokens, one that finds answers, an embedding
+model of sentence-transformers. runs/NAME then holds a checkpoint of its weights, its tokenizer, and its labels in
+task.json: generate from it, predict with it, or start a run from it with init=runs/NAME. Where transformers is
+installed, what it computes is compared, and runs/NAME does not appear when they differ.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from typing import Any
 from pretrain import compose
 from pretrain.cli import run_tool
 from pretrain.config import Config, ModelConfig
-from pretrain.model.heads import parameter_shapes
+from pretrain.model.heads import parameter_shapes, trained_parameters
 from pretrain.model.transformer import flops_per_token
 
 EPILOG = """
@@ -76,30 +76,34 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
     shapes = parameter_shapes(model)
     counts = {name: count(shape) for name, shape in shapes.items()}
     parameters, predicted = sum(counts.values()), 1.0 if model.causal else config.objective.mask_rate
+    trained = sum(counts[name] for name in trained_parameters(model))
     return {
         "parameters": parameters,
+        "trained_parameters": trained,
         "non_embedding_parameters": sum(n for name, n in counts.items() if not name.startswith(LOOKED_UP)),
         "flops_per_token": flops_per_token(model, seq_len, predicted),
         "seq_len": seq_len,
         "predicted": predicted,
         "ranks": ranks,
         "precision": precision,
-        "bytes_per_rank": {f"zero{stage}": bytes_per_rank(parameters, stage, ranks, precision) for stage in range(4)},
+        "bytes_per_rank": {
+            f"zero{stage}": bytes_per_rank(parameters, trained, stage, ranks, precision) for stage in range(4)
+        },
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "tied": tied(model),
     }
 
 
-def bytes_per_rank(parameters: int, stage: int, ranks: int, precision: str) -> dict[str, int]:
+def bytes_per_rank(parameters: int, trained: int, stage: int, ranks: int, precision: str) -> dict[str, int]:
     """What a rank holds of a model under ZeRO (Rajbhandari et al., 2020) as `engine.deepspeed_config` sets it up."""
-    part, low = -(-parameters // ranks), 2 if precision == "bf16" else FP32
+    part, low = -(-trained // ranks), 2 if precision == "bf16" else FP32
     in_both = low + FP32 if low < FP32 else FP32
-    gradients = {0: low * parameters, 1: in_both * parameters, 2: FP32 * part, 3: FP32 * part}
+    gradients = {0: low * trained, 1: in_both * trained, 2: FP32 * part, 3: FP32 * part}
     copy = FP32 if stage or low < FP32 else 0
     found = {
-        "weights": low * (part if stage == 3 else parameters),
+        "weights": low * (-(-parameters // ranks) if stage == 3 else parameters),
         "gradients": gradients[stage],
-        "optimizer": (2 * FP32 + copy) * (part if stage else parameters),
+        "optimizer": (2 * FP32 + copy) * (part if stage else trained),
     }
     return found | {"sum": sum(found.values())}
 
@@ -120,11 +124,14 @@ def in_words(facts: dict[str, Any]) -> str:
     leaves = {name: str(shape) for name, shape in facts["shapes"].items()}
     leaves |= {name: f"is {other}" for name, other in facts["tied"].items()}
     share = "" if facts["predicted"] == 1 else f", logits of {facts['predicted']:.0%} of the tokens"
+    lora = [f"trained parameters        {facts['trained_parameters']:>16,}   (of LoRA)"]
+    lora = lora if facts["trained_parameters"] < facts["parameters"] else []
     lines = [
         *tree(nested(leaves)),
         "",
         f"parameters                {facts['parameters']:>16,}",
         f"non-embedding parameters  {facts['non_embedding_parameters']:>16,}",
+        *lora,
         f"flops_per_token           {facts['flops_per_token']:>16,.0f}   ({facts['seq_len']:,} tokens a row{share})",
         "",
         f"GB a rank, {facts['ranks']} ranks, {facts['precision']}",

@@ -27,15 +27,16 @@ def near(query_length: int, key_length: int, window: int, causal: bool, device: 
     return (back >= 0) & (back < window) if causal else back.abs() <= window // 2
 
 
-def same_document(documents_BT: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Mask [B, 1, T, T] for rows of several documents: True within a document, when causal only up to the query.
+def same_document(documents_BS: torch.Tensor, causal: bool, first: int = 0) -> torch.Tensor:
+    """Mask [B, 1, Q, S] for rows of several documents: True within a document, when causal only up to the query.
 
-    Padding counts as one more document, so every query sees something and no softmax is empty.
+    The queries are the positions from `first` on. Padding counts as one more document, so every query sees something
+    and no softmax is empty.
     """
-    mask_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    mask_BQS = documents_BS[:, first:, None] == documents_BS[:, None, :]
     if causal:
-        mask_BTT = mask_BTT & visible(documents_BT.shape[1], documents_BT.shape[1], documents_BT.device)
-    return mask_BTT[:, None]
+        mask_BQS = mask_BQS & visible(mask_BQS.shape[1], mask_BQS.shape[2], documents_BS.device)
+    return mask_BQS[:, None]
 
 
 def plain(

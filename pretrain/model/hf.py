@@ -7,7 +7,7 @@ a conversion either computes the same function or does not happen.
 import itertools
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,24 @@ from pretrain.config import ModelConfig
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf_decoders import GPT2, LLAMA, MISTRAL, QWEN3
 from pretrain.model.hf_encoders import BERT, MODERNBERT, ROBERTA, ROBERTA_PAD
-from pretrain.model.hf_parts import HARMLESS, NEUTRAL, TRAINING_ONLY, Family, Reader, Rule, settled
+from pretrain.model.hf_parts import (
+    HARMLESS,
+    LABELLED,
+    NEUTRAL,
+    TASKS,
+    TRAINING_ONLY,
+    Family,
+    Reader,
+    Rule,
+    settled,
+)
 
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, BERT, MODERNBERT)}
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 SIZES = ("vocab_size", "layers", "width", "heads")
 MAY_BE_NULL = ("kv_heads", "head_width", "sliding_window", "dropout")
+AUTO_CLASSES = {"sequence": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification",
+                "span": "AutoModelForQuestionAnswering"}  # fmt: skip
 OLD_ENDS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -69,9 +81,10 @@ def from_hf_config(hf: dict[str, Any], ignore: Collection[str] = (), names: Coll
     """
     family = _family_of(hf)
     hf_keys = Reader(hf, ignore)
-    ours = NEUTRAL | family.always | {"head": _head(family, hf)}
-    if ours["head"] == "lm":
-        ours |= family.with_head
+    head = _head(family, hf)
+    ours = NEUTRAL | family.always | {"head": head} | family.with_head.get(head, {})
+    if head in LABELLED:
+        ours["labels"] = len(label_names(hf))
     for key, (theirs, default) in family.keys.items():
         zero = 0 if default is None else type(default)()
         value = hf_keys.take(theirs, zero if default is None else default)
@@ -105,9 +118,43 @@ def _head(family: Family, hf: dict[str, Any]) -> str:
     if name not in known:
         raise ValueError(
             f"config.json: architectures={name} is not supported (its head has no counterpart here); of "
-            f"{family.model_type} these are: {', '.join(known)}"
+            f"{family.model_type} these are: {', '.join(dict.fromkeys([*family.heads.values(), *family.also]))}"
         )
     return known[name]
+
+
+def label_names(hf: dict[str, Any]) -> list[str]:
+    """The names of a classifier's outputs in a config.json; two where it says nothing, as transformers has it."""
+    names = {str(number): name for number, name in (hf.get("id2label") or {}).items()}
+    count = hf.get("num_labels") or len(names) or 2
+    if len(names) != count:
+        return [f"LABEL_{number}" for number in range(count)]
+    if names.keys() != set(map(str, range(count))):
+        raise ValueError(f"config.json: id2label={names!r} must name the labels 0 to {count - 1}")
+    return [str(names[str(number)]) for number in range(count)]
+
+
+def label_settings(names: Collection[str], multi_label: bool = False) -> dict[str, Any]:
+    """The keys of a config.json that say so."""
+    theirs: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    return theirs | ({"problem_type": "multi_label_classification"} if multi_label else {})
+
+
+def fitting_head(config: ModelConfig, head: str, labels: int = 0) -> ModelConfig:
+    """`config` with another head, as the class of Hugging Face has it that the result exports to; one that has this
+    head already keeps its kind. A trunk that no architecture has gets LLaMA's heads, or BERT's if it looks ahead.
+
+    `labels`: outputs of a `sequence` or `tokens` head. An embedding is the mean of all tokens, or the last one's in a
+    causal model, which alone has seen the whole text.
+    """
+    if head == config.head:
+        return replace(config, labels=labels)
+    without = {key: NEUTRAL[key] for key in ("pooling", "head_transform", "head_bias", "logit_softcap")}
+    trunk = settled(replace(config, head="none", lora_rank=0, **without))
+    fits = [family for family in FAMILIES.values() if not _misfits(family, trunk)]
+    family = fits[0] if fits else LLAMA if config.causal else BERT
+    kind = {"pooling": "last" if config.causal else "mean"} if head == "embedding" else family.with_head.get(head, {})
+    return replace(config, head=head, labels=labels, **without | kind)
 
 
 def to_hf_config(config: ModelConfig, pad_token_id: int | None = ROBERTA_PAD) -> dict[str, Any]:
@@ -127,6 +174,10 @@ def to_hf_config(config: ModelConfig, pad_token_id: int | None = ROBERTA_PAD) ->
     theirs[name] = next(theirs_ for theirs_, ours in family.activations.items() if ours == config.activation)
     if "sliding_window" in family.keys and not config.sliding_window:
         theirs["sliding_window"] = None
+    if config.head in TASKS:
+        theirs["classifier_dropout"] = config.dropout
+    if config.head in LABELLED:
+        theirs |= label_settings([f"LABEL_{number}" for number in range(config.labels)])
     return theirs | dict.fromkeys(family.dropouts, config.dropout) | family.writes(config)
 
 
@@ -149,11 +200,12 @@ def _fitting(config: ModelConfig, pad_token_id: int | None = ROBERTA_PAD) -> Fam
 
 def _misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
     """Our keys in which a config differs from all models of a family -> what they have there."""
-    free = {*family.keys, *family.written, *TRAINING_ONLY, "head", "activation"}
+    free = {*family.keys, *family.written, *TRAINING_ONLY, "head", "activation", "labels"}
+    if config.head == "embedding":
+        free.add("pooling")
     whole = config.width // config.heads
     needed = NEUTRAL | {"kv_heads": config.heads, "head_width": whole} | family.always
-    if config.head == "lm":
-        needed |= family.with_head
+    needed |= family.with_head.get(config.head, {})
     names = [field.name for field in fields(config) if field.name not in free]
     misfits = {name: needed[name] for name in names if getattr(config, name) != needed[name]}
     if config.head not in family.heads:
@@ -167,9 +219,9 @@ def _misfits(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def auto_class(config: ModelConfig) -> str:
     """transformers' Auto class that loads the exported model."""
-    if config.head != "lm":
-        return "AutoModel"
-    return "AutoModelForCausalLM" if config.causal else "AutoModelForMaskedLM"
+    if config.head == "lm":
+        return "AutoModelForCausalLM" if config.causal else "AutoModelForMaskedLM"
+    return AUTO_CLASSES.get(config.head, "AutoModel")
 
 
 def hf_tensors(config: ModelConfig, model_type: str | None = None) -> list[HFTensor]:
@@ -180,17 +232,17 @@ def hf_tensors(config: ModelConfig, model_type: str | None = None) -> list[HFTen
     """
     family = FAMILIES[model_type] if model_type else _fitting(settled(config))
     shapes = parameter_shapes(config)
-    prefix = family.prefix if config.head == "lm" else ""
-    tensors = [tensor for rule in _expanded(family, config.layers) for tensor in _apply(rule, prefix, shapes)]
+    prefix, rules = family.trunk_prefix(config.head), (*family.rules, *family.tops.get(config.head, ()))
+    tensors = [tensor for rule in _expanded(rules, config.layers) for tensor in _apply(rule, prefix, shapes)]
     left = shapes.keys() - {name for tensor in tensors for name in tensor.ours}
     assert not left, f"{family.model_type} has no place for {sorted(left)}"
     return tensors
 
 
-def _expanded(family: Family, layers: int) -> Iterator[Rule]:
+def _expanded(rules: Collection[Rule], layers: int) -> Iterator[Rule]:
     """The rules with the number of each layer filled in, layer by layer."""
-    for each_layer, rules in itertools.groupby(family.rules, lambda rule: "{i}" in rule.theirs):
-        listed = list(rules)
+    for each_layer, group in itertools.groupby(rules, lambda rule: "{i}" in rule.theirs):
+        listed = list(group)
         for i in range(layers if each_layer else 1):
             for rule in listed:
                 ours = tuple(name.replace("{i}", str(i)) for name in rule.ours)
@@ -223,8 +275,9 @@ def match_names(
     for what is missing, and for what is there and means something.
     """
     family = FAMILIES[model_type] if model_type else _fitting(settled(config))
-    needed = {tensor.name: _bare(tensor.name, family) for tensor in hf_tensors(config, family.model_type)}
-    there = {_bare(name, family): name for name in names}
+    prefix = family.trunk_prefix(config.head) or family.prefix
+    needed = {tensor.name: _bare(tensor.name, prefix) for tensor in hf_tensors(config, family.model_type)}
+    there = {_bare(name, prefix): name for name in names}
     if len(there) < len(names):
         raise ValueError(f"tensors are there under two names: {_listed(set(names) - set(there.values()))}")
     leftovers = []
@@ -245,9 +298,9 @@ def match_names(
     return {name: there[bare] for name, bare in needed.items()}, sorted(leftovers, key=lambda left: left.name)
 
 
-def _bare(name: str, family: Family) -> str:
+def _bare(name: str, prefix: str) -> str:
     """A tensor's name without the trunk's prefix, which some files lack, and with today's names of norms."""
-    name = name.removeprefix(family.prefix)
+    name = name.removeprefix(prefix)
     for old, new in OLD_ENDS:
         if name.endswith(old):
             name = name.removesuffix(old) + new
@@ -260,7 +313,7 @@ def _copies(family: Family, config: ModelConfig) -> list[tuple[str, str, bool]]:
         return []
     if not config.tied_embeddings:
         return [(family.biases[1], family.biases[0], False)] if family.biases else []
-    copies = [(family.output, _bare(family.embedding, family), True)]
+    copies = [(family.output, _bare(family.embedding, family.prefix), True)]
     return copies + ([(*family.biases, True)] if family.biases else [])
 
 

@@ -17,12 +17,16 @@ from pretrain.model.hf_parts import (
     block_rules,
     read_layers,
     read_rope,
+    task_tops,
     write_layers,
     write_rope,
 )
 
+# A text's labels are told from its last token, by a matrix without a bias.
+HEADS = {"sequence": {"pooling": "last"}, "tokens": {"head_bias": True}, "span": {"head_bias": True}}
+
 GPT2 = Family(
-    model_type="gpt2", heads={"lm": "GPT2LMHeadModel", "none": "GPT2Model"}, prefix="transformer.",
+    model_type="gpt2", name="GPT2", lm="LMHeadModel", prefix="transformer.",
     keys={
         "vocab_size": ("vocab_size", 50257), "layers": ("n_layer", 12), "width": ("n_embd", 768),
         "heads": ("n_head", 12), "ffn_width": ("n_inner", None), "max_positions": ("n_positions", 1024),
@@ -31,7 +35,7 @@ GPT2 = Family(
         "init_std": ("initializer_range", 0.02),
     },
     always={"positions": "learned", "norm": "layernorm", "attention_bias": True, "ffn_bias": True},
-    activations=PLAIN, dropouts=("embd_pdrop", "attn_pdrop"),
+    with_head=HEADS, activations=PLAIN, dropouts=("embd_pdrop", "attn_pdrop"),
     expects=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
     harmless=("n_ctx", "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation",
               "summary_proj_to_labels", "summary_first_dropout"),
@@ -44,8 +48,9 @@ GPT2 = Family(
         Rule("h.{i}.attn.c_proj", (BLOCK + "attention.out",), True),
         *block_rules("h.{i}.", ln_2="ffn_norm"),
         Rule("h.{i}.mlp.c_fc", (BLOCK + "ffn.up",), True), Rule("h.{i}.mlp.c_proj", (BLOCK + "ffn.down",), True),
-        Rule("ln_f", ("trunk.norm",)), Rule("lm_head", ("head",)),
+        Rule("ln_f", ("trunk.norm",)),
     ),
+    tops={"lm": (Rule("lm_head", ("head",)),)} | task_tops("score", "classifier", "qa_outputs"),
 )  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def _llama_misfits(config: ModelConfig) -> dict[str, Any]:
 
 
 LLAMA = Family(
-    model_type="llama", heads={"lm": "LlamaForCausalLM", "none": "LlamaModel"}, prefix="model.",
+    model_type="llama", name="Llama", lm="ForCausalLM", prefix="model.", span_prefix="transformer.",
     keys={
         "vocab_size": ("vocab_size", 32000), "layers": ("num_hidden_layers", 32), "width": ("hidden_size", 4096),
         "heads": ("num_attention_heads", 32), "kv_heads": ("num_key_value_heads", None),
@@ -78,7 +83,7 @@ LLAMA = Family(
         "ffn_bias": ("mlp_bias", False), "tied_embeddings": ("tie_word_embeddings", False),
         "dropout": ("attention_dropout", 0.0), "init_std": ("initializer_range", 0.02),
     },
-    always={"positions": "rope", "norm": "rmsnorm"}, activations=GATED,
+    always={"positions": "rope", "norm": "rmsnorm"}, with_head=HEADS, activations=GATED,
     output="lm_head.weight", embedding="model.embed_tokens.weight",
     leftovers=((r".*rotary_emb\.inv_freq", "rotary frequencies, which are computed"),),
     reads=_read_rope, writes=_write_rope, written=ROPE, misfits=_llama_misfits,
@@ -88,8 +93,9 @@ LLAMA = Family(
                  o_proj="attention.out", q_norm="attention.q_norm", k_norm="attention.k_norm"),
         *block_rules("layers.{i}.", mlp__gate_proj="ffn.gate", mlp__up_proj="ffn.up", mlp__down_proj="ffn.down",
                  input_layernorm="attention_norm", post_attention_layernorm="ffn_norm"),
-        Rule("norm", ("trunk.norm",)), Rule("lm_head", ("head",)),
+        Rule("norm", ("trunk.norm",)),
     ),
+    tops={"lm": (Rule("lm_head", ("head",)),)} | task_tops("score", "score", "qa_outputs"),
 )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def _without(keys: dict[str, tuple[str, Any]], *names: str, **changed: tuple[str
 
 
 MISTRAL = replace(
-    LLAMA, model_type="mistral", heads={"lm": "MistralForCausalLM", "none": "MistralModel"},
+    LLAMA, model_type="mistral", name="Mistral", span_prefix="",
     keys=_without(
         LLAMA.keys, "attention_bias", "ffn_bias", kv_heads=("num_key_value_heads", 8),
         ffn_width=("intermediate_size", 14336), max_positions=("max_position_embeddings", 131072),
@@ -126,7 +132,7 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 QWEN3 = replace(
-    LLAMA, model_type="qwen3", heads={"lm": "Qwen3ForCausalLM", "none": "Qwen3Model"},
+    LLAMA, model_type="qwen3", name="Qwen3",
     keys=_without(
         LLAMA.keys, "ffn_bias", vocab_size=("vocab_size", 151936), kv_heads=("num_key_value_heads", 32),
         head_width=("head_dim", 128), ffn_width=("intermediate_size", 22016),

@@ -5,11 +5,13 @@ from typing import Any
 
 from pretrain.config import ModelConfig
 from pretrain.model.hf_parts import (
+    BARE,
     FULL,
     GATED,
     PLAIN,
     ROPE,
     SLIDING,
+    TASKS,
     WINDOW,
     Family,
     Reader,
@@ -17,10 +19,12 @@ from pretrain.model.hf_parts import (
     block_rules,
     read_layers,
     read_rope,
+    task_tops,
     write_layers,
     write_rope,
 )
 
+POOLINGS = {"first": "cls", "mean": "mean"}  # ours -> ModernBERT's
 EMBEDDING_NORM = Rule("embeddings.LayerNorm", ("trunk.embedding_norm",))
 POSITIONS = "embeddings.position_embeddings"
 LAYERS = (
@@ -28,18 +32,16 @@ LAYERS = (
                  attention__self__value="attention.v", attention__output__dense="attention.out",
                  attention__output__LayerNorm="attention_norm", intermediate__dense="ffn.up",
                  output__dense="ffn.down", output__LayerNorm="ffn_norm"),
-    Rule("pooler.dense", ("pooler",)),
 )  # fmt: skip
 BERT_LEFTOVERS = (
     (r"embeddings\.(position|token_type)_ids", "numbers from 0 on"),
     (r"cls\.seq_relationship\..*", "next-sentence prediction is not part of this project"),
-    (r"pooler\.dense\..*", "the pooler, which masked language modelling does not use"),
+    (r"pooler\.dense\..*", "the pooler, which this head does not use"),
 )
 
-
 BERT = Family(
-    model_type="bert", heads={"lm": "BertForMaskedLM", "pooled": "BertModel", "none": "BertModel"}, prefix="bert.",
-    also={"BertForPreTraining": "lm"},
+    model_type="bert", name="Bert", lm="ForMaskedLM", prefix="bert.", also={"BertForPreTraining": "lm"},
+    has_pooler=True,
     keys={
         "vocab_size": ("vocab_size", 30522), "layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768),
         "heads": ("num_attention_heads", 12), "ffn_width": ("intermediate_size", 3072),
@@ -50,8 +52,9 @@ BERT = Family(
     },
     always={"causal": False, "positions": "learned", "norm": "layernorm", "norm_position": "post",
             "embedding_norm": True, "attention_bias": True, "ffn_bias": True},
-    with_head={"head_transform": True, "head_bias": True},
-    activations=PLAIN, dropouts=("attention_probs_dropout_prob",), harmless=("classifier_dropout",),
+    with_head={"lm": {"head_transform": True, "head_bias": True}, "tokens": {"head_bias": True},
+               "span": {"head_bias": True}, "sequence": {"head_bias": True, "pooling": "pooler"}},
+    activations=PLAIN, dropouts=("attention_probs_dropout_prob",),
     expects=(("position_embedding_type", "absolute", None), ("is_decoder", False), ("add_cross_attention", False)),
     output="cls.predictions.decoder.weight", embedding="bert.embeddings.word_embeddings.weight",
     biases=("cls.predictions.decoder.bias", "cls.predictions.bias"), leftovers=BERT_LEFTOVERS,
@@ -60,12 +63,19 @@ BERT = Family(
         Rule("embeddings.word_embeddings", ("trunk.embedding",)),
         Rule(POSITIONS, ("trunk.positions",)),
         Rule("embeddings.token_type_embeddings", ("trunk.segments",)),
-        EMBEDDING_NORM, *LAYERS, Rule("cls.predictions.bias", ("head.bias",)),
-        Rule("cls.predictions.transform.dense", ("transform.dense",)),
-        Rule("cls.predictions.transform.LayerNorm", ("transform.norm",)),
-        Rule("cls.predictions.decoder.weight", ("head.weight",)),
-        Rule("cls.predictions.decoder.bias", ("head.bias",), only_with="head.weight"),
+        EMBEDDING_NORM, *LAYERS,
     ),
+    tops=task_tops("classifier", "classifier", "qa_outputs") | {
+        "lm": (
+            Rule("cls.predictions.bias", ("head.bias",)),
+            Rule("cls.predictions.transform.dense", ("transform.dense",)),
+            Rule("cls.predictions.transform.LayerNorm", ("transform.norm",)),
+            Rule("cls.predictions.decoder.weight", ("head.weight",)),
+            Rule("cls.predictions.decoder.bias", ("head.bias",), only_with="head.weight"),
+        ),
+        "sequence": (Rule("bert.pooler.dense", ("pooler",)), Rule("classifier", ("head",))),
+        "pooled": (Rule("pooler.dense", ("pooler",)),),
+    },
 )  # fmt: skip
 
 ROBERTA_PAD = 1  # RoBERTa counts its positions from the padding's id + 1, and passes padding over
@@ -90,9 +100,8 @@ def _roberta_misfits(config: ModelConfig) -> dict[str, Any]:
 
 
 ROBERTA = replace(
-    BERT, model_type="roberta", prefix="roberta.", also={},
-    heads={"lm": "RobertaForMaskedLM", "pooled": "RobertaModel", "none": "RobertaModel"},
-    keys=BERT.keys | {"vocab_size": ("vocab_size", 50265)}, harmless=("classifier_dropout", "pad_token_id"),
+    BERT, model_type="roberta", name="Roberta", prefix="roberta.", also={},
+    keys=BERT.keys | {"vocab_size": ("vocab_size", 50265)}, harmless=("pad_token_id",),
     output="lm_head.decoder.weight", embedding="roberta.embeddings.word_embeddings.weight",
     biases=("lm_head.decoder.bias", "lm_head.bias"),
     reads=_read_roberta, writes=_write_roberta, misfits=_roberta_misfits,
@@ -100,21 +109,42 @@ ROBERTA = replace(
         Rule("embeddings.word_embeddings", ("trunk.embedding",)),
         Rule("embeddings.token_type_embeddings", ("trunk.segments",)), EMBEDDING_NORM,
         Rule(POSITIONS, ("trunk.positions",), rows_in_front=ROBERTA_PAD + 1), *LAYERS,
-        Rule("lm_head.bias", ("head.bias",)), Rule("lm_head.dense", ("transform.dense",)),
-        Rule("lm_head.layer_norm", ("transform.norm",)),
-        Rule("lm_head.decoder.weight", ("head.weight",)),
-        Rule("lm_head.decoder.bias", ("head.bias",), only_with="head.weight"),
     ),
+    tops=BERT.tops | {
+        "lm": (
+            Rule("lm_head.bias", ("head.bias",)), Rule("lm_head.dense", ("transform.dense",)),
+            Rule("lm_head.layer_norm", ("transform.norm",)),
+            Rule("lm_head.decoder.weight", ("head.weight",)),
+            Rule("lm_head.decoder.bias", ("head.bias",), only_with="head.weight"),
+        ),
+        "sequence": (Rule("classifier.dense", ("pooler",)), Rule("classifier.out_proj", ("head",))),
+    },
 )  # fmt: skip
 
 
-def _read_modernbert(hf: Reader, ours: dict[str, Any]) -> dict[str, Any]:
+def _read_modernbert_head(hf: Reader, ours: dict[str, Any]) -> dict[str, Any]:
+    if ours["head"] in BARE:
+        return {}
+    bias = hf.take("classifier_bias", False)
+    if bias != ours["ffn_bias"]:
+        hf.refuse("classifier_bias", bias, "here the head's dense layer has a bias where mlp_bias says so")
+    hf.expect("classifier_activation", "gelu", "gelu_python")
     if ours["head"] == "lm":
-        bias = hf.take("classifier_bias", False)
-        if bias != ours["ffn_bias"]:
-            hf.refuse("classifier_bias", bias, "here the head's dense layer has a bias where mlp_bias says so")
-        hf.expect("classifier_activation", "gelu", "gelu_python")
-        ours = ours | {"head_bias": hf.take("decoder_bias", True)}
+        return {"head_bias": hf.take("decoder_bias", True)}
+    pooling = hf.take("classifier_pooling", "cls")
+    if pooling not in POOLINGS.values():
+        hf.refuse("classifier_pooling", pooling)
+    return {"pooling": next(ours for ours, theirs in POOLINGS.items() if theirs == pooling)}
+
+
+def _modernbert_misfits(config: ModelConfig) -> dict[str, Any]:
+    misfits = {} if config.head in ("lm", *BARE) or config.head_bias else {"head_bias": True}
+    right = config.head != "sequence" or config.pooling in POOLINGS
+    return misfits if right else misfits | {"pooling": " or ".join(POOLINGS)}
+
+
+def _read_modernbert(hf: Reader, ours: dict[str, Any]) -> dict[str, Any]:
+    ours = ours | _read_modernbert_head(hf, ours)
     every = hf.take("global_attn_every_n_layers", 3)
     if every < 1:
         hf.refuse("global_attn_every_n_layers", every)
@@ -145,14 +175,22 @@ def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if FULL in kinds:  # transformers 4 has no layer_types
         theirs["global_attn_every_n_layers"] = config.global_every or 1
+    if config.head not in BARE:
+        theirs |= {"classifier_bias": config.ffn_bias, "classifier_activation": "gelu"}
     if config.head == "lm":
         theirs["decoder_bias"] = config.head_bias
-        theirs |= {"classifier_bias": config.ffn_bias, "classifier_activation": "gelu"}
+    if config.head == "sequence":
+        theirs["classifier_pooling"] = POOLINGS[config.pooling]
     return theirs
 
 
+MODERNBERT_TRANSFORM = (Rule("head.dense", ("transform.dense",)), Rule("head.norm", ("transform.norm",)))
+# A task's head has the dense layer of the masked language model before it, and a bias.
+MODERNBERT_TASK = {"head_transform": True, "head_bias": True}
+
+
 MODERNBERT = Family(
-    model_type="modernbert", heads={"lm": "ModernBertForMaskedLM", "none": "ModernBertModel"}, prefix="model.",
+    model_type="modernbert", name="ModernBert", lm="ForMaskedLM", prefix="model.",
     keys={
         "vocab_size": ("vocab_size", 50368), "layers": ("num_hidden_layers", 22), "width": ("hidden_size", 768),
         "heads": ("num_attention_heads", 12), "ffn_width": ("intermediate_size", 1152),
@@ -163,17 +201,21 @@ MODERNBERT = Family(
         "init_std": ("initializer_range", 0.02),
     },
     always={"causal": False, "positions": "rope", "norm": "layernorm", "embedding_norm": True},
-    with_head={"head_transform": True}, activations=GATED, dropouts=("attention_dropout", "embedding_dropout"),
-    harmless=("decoder_bias", "classifier_pooling", "classifier_dropout", "classifier_bias", "classifier_activation",
+    with_head={"lm": {"head_transform": True}, "sequence": MODERNBERT_TASK | {"pooling": "mean"},
+               "tokens": MODERNBERT_TASK, "span": MODERNBERT_TASK},
+    activations=GATED, dropouts=("attention_dropout", "embedding_dropout"),
+    harmless=("decoder_bias", "classifier_pooling", "classifier_bias", "classifier_activation",
               "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile",
               "repad_logits_with_grad", "position_embedding_type", "layer_norm_eps"),
     output="decoder.weight", embedding="model.embeddings.tok_embeddings.weight",
-    reads=_read_modernbert, writes=_write_modernbert, written=(*ROPE, *WINDOW, "head_bias"),
+    reads=_read_modernbert, writes=_write_modernbert, written=(*ROPE, *WINDOW, "head_bias", "pooling"),
+    misfits=_modernbert_misfits,
     rules=(
         Rule("embeddings.tok_embeddings", ("trunk.embedding",)), Rule("embeddings.norm", ("trunk.embedding_norm",)),
         *block_rules("layers.{i}.", attn_norm="attention_norm", attn__Wqkv="attention.q attention.k attention.v",
                  attn__Wo="attention.out", mlp_norm="ffn_norm", mlp__Wi="ffn.gate ffn.up", mlp__Wo="ffn.down"),
-        Rule("final_norm", ("trunk.norm",)), Rule("head.dense", ("transform.dense",)),
-        Rule("head.norm", ("transform.norm",)), Rule("decoder", ("head",)),
+        Rule("final_norm", ("trunk.norm",)),
     ),
+    tops={"lm": (*MODERNBERT_TRANSFORM, Rule("decoder", ("head",)))}
+    | dict.fromkeys(TASKS, (*MODERNBERT_TRANSFORM, Rule("classifier", ("head",)))),
 )  # fmt: skip

@@ -19,10 +19,14 @@ NEUTRAL = {
     "rope_high_freq_factor": 4.0, "rope_original_positions": 0, "sliding_window": 0, "global_every": 0,
     "local_rope_theta": 0.0, "norm_position": "pre", "norm_bias": True, "embedding_norm": False,
     "scaled_embeddings": False, "segments": 0, "qk_norm": False, "attention_bias": False, "ffn_bias": False,
-    "tied_embeddings": True, "head_transform": False, "head_bias": False, "logit_softcap": 0.0,
+    "tied_embeddings": True, "labels": 0, "pooling": "first", "head_transform": False, "head_bias": False,
+    "logit_softcap": 0.0, "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all",
     "dropout": 0.0, "attention": "sdpa", "init": "scaled", "init_std": 0.02,
 }  # fmt: skip
 TRAINING_ONLY = ("dropout", "attention", "init", "init_std")  # these change no output of a trained model
+LABELLED = ("sequence", "tokens")  # heads with an output for each label
+TASKS = (*LABELLED, "span")  # heads with a matrix of their own
+BARE = ("pooled", "none", "embedding")  # heads of the class that has no matrix behind the trunk
 ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
         "rope_original_positions")  # fmt: skip
 WINDOW = ("sliding_window", "global_every", "local_rope_theta")
@@ -48,7 +52,7 @@ HARMLESS = """
     num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens is_llama_config unsloth_version
-    unsloth_fixed _model_name_or_path
+    unsloth_fixed _model_name_or_path classifier_dropout
 """.split()
 REMEDIES = {
     "quantization_config": "its weights are quantized: take it as model.dequantize() of transformers saves it",
@@ -120,20 +124,25 @@ class Rule:
 @dataclass(frozen=True)
 class Family:
     """`keys`: our key -> theirs and its default. `always`: what these models are where they have no choice.
-    `heads`: our head -> the class that is written; `also`: further classes that can be read.
+    `name`: what the names of its classes begin with; `lm`: the rest of the language model's; `also`: further classes
+    that can be read. `rules` of the trunk, `tops` of what stands on it by our head.
     """
 
     model_type: str
-    heads: dict[str, str]
+    name: str
+    lm: str
     prefix: str  # of the trunk's tensors where a head stands on it
     keys: dict[str, tuple[str, Any]]
     rules: tuple[Rule, ...]
+    tops: dict[str, tuple[Rule, ...]]
     activations: dict[str, str]
     output: str  # the output matrix
     embedding: str
     also: dict[str, str] = field(default_factory=dict)
     always: dict[str, Any] = field(default_factory=dict)
-    with_head: dict[str, Any] = field(default_factory=dict)  # what is so beside a language model's head
+    with_head: dict[str, dict[str, Any]] = field(default_factory=dict)  # what is so beside a head
+    has_pooler: bool = False  # in the class that has no head
+    span_prefix: str = ""  # the trunk's, where it is another one below a span head
     dropouts: tuple[str, ...] = ()  # rates besides the one in `keys`
     expects: tuple[tuple[Any, ...], ...] = ()  # (their key, the values that are ours; first the default)
     harmless: tuple[str, ...] = ()  # keys that the model does not read
@@ -144,6 +153,18 @@ class Family:
     written: tuple[str, ...] = ()  # our keys that `reads` and `writes` see to
     misfits: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}  # our key -> what it would have to be
 
+    @property
+    def heads(self) -> dict[str, str]:
+        """Our heads -> the classes that are written for them."""
+        classes = {"lm": self.lm, "sequence": "ForSequenceClassification", "tokens": "ForTokenClassification",
+                   "span": "ForQuestionAnswering"}  # fmt: skip
+        bare = dict.fromkeys(BARE if self.has_pooler else BARE[1:], "Model")
+        return {head: self.name + rest for head, rest in (classes | bare).items()}
+
+    def trunk_prefix(self, head: str) -> str:
+        """Of the trunk's tensors in the class of a head."""
+        return "" if head in BARE else self.span_prefix if head == "span" and self.span_prefix else self.prefix
+
 
 def block_rules(theirs: str, **ours_by_theirs: str) -> tuple[Rule, ...]:
     """Rules of a block: their layer's name (a dot is two underscores) = ours, or several of ours."""
@@ -153,13 +174,24 @@ def block_rules(theirs: str, **ours_by_theirs: str) -> tuple[Rule, ...]:
     )
 
 
+def task_tops(sequence: str, tokens: str, span: str) -> dict[str, tuple[Rule, ...]]:
+    """Rules of the heads that are one matrix, called so there."""
+    return {head: (Rule(name, ("head",)),) for head, name in zip(TASKS, (sequence, tokens, span), strict=True)}
+
+
 def settled(config: ModelConfig) -> ModelConfig:
     """The same function with nothing left to derive, and everything that has no effect at its neutral value."""
-    still = []
+    still = ["lora_alpha", "lora_on"]
     if config.norm == "rmsnorm":
         still.append("norm_bias")
     if config.head != "lm":
-        still += ["tied_embeddings", "head_transform", "head_bias", "logit_softcap"]
+        still += ["tied_embeddings", "logit_softcap"]
+    if config.head in BARE:
+        still += ["head_transform", "head_bias"]
+    if config.head not in LABELLED:
+        still.append("labels")
+    if config.head not in ("sequence", "embedding"):
+        still.append("pooling")
     windows = [has_window(config, layer) for layer in range(config.layers)]
     if not any(windows):
         still += WINDOW

@@ -22,14 +22,19 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
       Zhang et al., Fixup, 2019).
     - `xavier`: sqrt(2 / (inputs + outputs)) (Glorot and Bengio, 2010), tables 1/sqrt(width), so that embeddings times
       sqrt(width) have variance 1 (Vaswani et al., 2017).
+
+    Of LoRA's adapters, whatever `init` says, B is 0 and A uniform within +-1/sqrt(inputs) (Hu et al., 2021): training
+    begins with the model as it was.
     """
     owner, _, kind = name.rpartition(".")
-    if kind == "bias":
+    if kind in ("bias", "lora_b"):
         return torch.zeros(shape)
     if owner.endswith("norm"):
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if kind == "lora_a":
+        return torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
     return torch.empty(shape).normal_(0.0, _std(owner, shape, config), generator=generator)
 
 

@@ -1,12 +1,13 @@
 """Logits and labels -> sums of the loss. Sums, not means: the mean is over the whole global batch, which only the
 engine knows.
 
-Shapes: B batch, T time, N positions (B x T, or those with a label), V vocabulary.
+Shapes: B batch, T time, N positions (B x T, or those with a label), V vocabulary, L labels.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 IGNORED = -100  # torch's convention for the label of a position that is no target
 POSITIONS_AT_ONCE = 8  # on a CPU: their fp32 logits stay in the cache
@@ -42,6 +43,27 @@ def cross_entropy_rows(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, z_loss
     """
     losses_N = _CrossEntropy.apply(logits_BTV.flatten(0, 1), labels_BT.flatten(), z_loss)
     return losses_N.view(labels_BT.shape).sum(1)
+
+
+def label_rows(logits_BL: torch.Tensor, labels_B: torch.Tensor, weights_L: torch.Tensor | None = None) -> torch.Tensor:
+    """-log p(label) of each row [B], in fp32 or better, times the weight of its label where there are weights."""
+    return F.cross_entropy(_wide(logits_BL), labels_B, weights_L, ignore_index=IGNORED, reduction="none")
+
+
+def multi_label_rows(logits_BL: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    """The binary cross-entropies of all labels (0 or 1; -100: not known), summed for each row [B]."""
+    logits_BL = _wide(logits_BL)
+    losses_BL = F.binary_cross_entropy_with_logits(logits_BL, labels_BL.to(logits_BL.dtype), reduction="none")
+    return losses_BL.masked_fill(labels_BL == IGNORED, 0.0).sum(1)
+
+
+def span_rows(logits_BT2: torch.Tensor, labels_B2: torch.Tensor) -> torch.Tensor:
+    """-log p(the answer begins here) - log p(it ends here) of each row [B]: two targets, each out of all T places."""
+    return F.cross_entropy(_wide(logits_BT2), labels_B2, ignore_index=IGNORED, reduction="none").sum(1)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _at_targets(

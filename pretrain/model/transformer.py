@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.model.attention import ATTENTION, near, same_document
+from pretrain.model.lora import linear
 from pretrain.model.positions import places_in_documents, rotate, rotations, sinusoids
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
@@ -65,6 +66,14 @@ class LayerCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only."""
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_empty((len(rows), *old.shape[1:]))
+            new[:, :, : self.length] = old[rows, :, : self.length]
+            setattr(self, name, new)
+
 
 class Attention(nn.Module):
     """Multi-head or grouped-query attention (Ainslie et al., 2023)."""
@@ -74,10 +83,10 @@ class Attention(nn.Module):
         self.config = config
         self.head_width = head_width(config)
         inner, kv_inner = config.heads * self.head_width, kv_heads(config) * self.head_width
-        self.q = nn.Linear(config.width, inner, bias=config.attention_bias)
-        self.k = nn.Linear(config.width, kv_inner, bias=config.attention_bias)
-        self.v = nn.Linear(config.width, kv_inner, bias=config.attention_bias)
-        self.out = nn.Linear(inner, config.width, bias=config.attention_bias)
+        self.q = linear(config, "q", config.width, inner, config.attention_bias)
+        self.k = linear(config, "k", config.width, kv_inner, config.attention_bias)
+        self.v = linear(config, "v", config.width, kv_inner, config.attention_bias)
+        self.out = linear(config, "out", inner, config.width, config.attention_bias)
         self.q_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
         self.k_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
 
@@ -104,9 +113,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         width = ffn_width(config)
-        self.up = nn.Linear(config.width, width, bias=config.ffn_bias)
-        self.gate = nn.Linear(config.width, width, bias=config.ffn_bias) if config.activation in GATED else None
-        self.down = nn.Linear(width, config.width, bias=config.ffn_bias)
+        self.up = linear(config, "up", config.width, width, config.ffn_bias)
+        gated = config.activation in GATED
+        self.gate = linear(config, "gate", config.width, width, config.ffn_bias) if gated else None
+        self.down = linear(config, "down", width, config.width, config.ffn_bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is not None:
@@ -152,19 +162,21 @@ class Transformer(nn.Module):
         self.norm = new_norm(config, config.width) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
-        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BT: torch.Tensor | None = None,
+        self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BS: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """`documents_BT` numbers the documents of each row (padding -1): each is computed as if it stood alone.
-        `segments_BT`: the kind of segment of each token, 0 where not given.
+        """`documents_BS` numbers the documents of each row (padding -1), of the places in the cache and then of these
+        tokens: each is computed as if it stood alone. `segments_BT`: the kind of segment of each token, 0 where not
+        given.
         """
-        assert cache is None or documents_BT is None, "documents are for whole rows"
         start = cache[0].length if cache else 0
-        place = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
-        if documents_BT is not None:
-            place = places_in_documents(documents_BT)
+        end = start + tokens_BT.shape[1]
+        place = torch.arange(start, end, device=tokens_BT.device)
+        if documents_BS is not None:
+            assert documents_BS.shape[1] == end, "documents are of the cached places too"
+            place = places_in_documents(documents_BS)[:, start:]
         x_BTD = self._embed(tokens_BT, place, segments_BT)
-        ropes, masks = self._ropes(place, x_BTD.dtype), self._masks(start + tokens_BT.shape[1], tokens_BT, documents_BT)
+        ropes, masks = self._ropes(place, x_BTD.dtype), self._masks(start, end, documents_BS, tokens_BT.device)
         for layer, block in enumerate(self.blocks):
             local = has_window(self.config, layer)
             inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local])
@@ -196,15 +208,18 @@ class Transformer(nn.Module):
         return everywhere, rotations(place, head_width(self.config), self.config, local=True).to(dtype)
 
     def _masks(
-        self, keys: int, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None
+        self, start: int, end: int, documents_BS: torch.Tensor | None, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Masks of the layers that see all, and of those with a window; None where `causal` says enough."""
+        """Masks of the layers that see all, and of those with a window; None where `causal` says enough.
+
+        The queries are the places from `start` to `end`, the keys all before `end`.
+        """
         full, window, causal = None, self.config.sliding_window, self.config.causal
-        if documents_BT is not None:
-            full = same_document(documents_BT, causal)
-        if not window or keys <= (window if causal else window // 2 + 1):  # the window reaches everywhere
+        if documents_BS is not None:
+            full = same_document(documents_BS, causal, start)
+        if not window or end <= (window if causal else window // 2 + 1):  # the window reaches everywhere
             return full, full
-        local = near(tokens_BT.shape[1], keys, window, causal, tokens_BT.device)[None, None]
+        local = near(end - start, end, window, causal, device)[None, None]
         return full, local if full is None else full & local
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
@@ -215,7 +230,8 @@ class Transformer(nn.Module):
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0) -> float:
-    """Forward and backward FLOPs a token: 6 a matrix weight, and full attention's 12 x layers x width x seq_len.
+    """Forward and backward FLOPs a token: 6 a matrix weight (4 under LoRA, which has no gradient of it), and full
+    attention's 12 x layers x width x seq_len.
 
     The output projection counts, the embedding look-up does not (Kaplan et al., 2020; Chowdhery et al., PaLM, 2022).
     `predicted`: the share of the positions whose logits are computed. Sliding windows are counted as full attention.
@@ -226,4 +242,5 @@ def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0) -
     head = 0.0
     if config.head == "lm":
         head = predicted * config.width * (config.vocab_size + (config.width if config.head_transform else 0))
-    return 6.0 * (config.layers * (attention + ffn) + head) + 12.0 * config.layers * inner * seq_len
+    a_weight = 4.0 if config.lora_rank else 6.0
+    return a_weight * (config.layers * (attention + ffn) + head) + 12.0 * config.layers * inner * seq_len
