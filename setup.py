@@ -46,6 +46,9 @@ setup(
         "hf": ["transformers>=5.20,<6", "tokenizers"],  # Hugging Face models and tokenizers, in and out
         # write_shards.py: Parquet, near-duplicates, telephone numbers, Slurm arrays
         "prepare": ["pyarrow", "datasketch>=2", "phonenumbers", "submitit"],
+        # figures of translations and summaries, tools/search.py
+        "tasks": ["sacrebleu>=2.4", "rouge-score", "faiss-cpu"],
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # tools/evaluate.py --tasks
         "dev": ["pytest", "ruff", "moto[s3]", "flask", "flask-cors"],
     },
 )

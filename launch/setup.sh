@@ -64,7 +64,7 @@ install() {
     say "installing the packages of constraints.txt (about a minute, longer the first time)"
     cd "$root"
     "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input \
-        -e '.[http,s3,hf,prepare,dev]' -c constraints.txt &
+        -e '.[http,s3,hf,prepare,tasks,eval,dev]' -c constraints.txt &
     local pip=$!
     trap 'kill "$pip" 2>/dev/null; fail "interrupted: run launch/setup.sh again to start over"' INT TERM HUP
     wait "$pip" || fail "the installation failed (see above): run launch/setup.sh again to retry"

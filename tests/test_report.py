@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import report
+from pretrain import curves
 from pretrain.hardware import environment
 from pretrain.report import write_report
+from tools.report import headline
 
 REPO = Path(__file__).parent.parent
 TITLES = ("Loss", "Validation bits per byte", "Learning rate", "Gradient norm", "Tokens per second", "MFU")
@@ -156,8 +157,8 @@ def test_long_runs_are_thinned_without_hiding_a_spike(tmp_path):
     step = np.arange(1, 100_001, dtype=np.float64)
     value = np.ones_like(step)
     value[77_777], value[5] = 50.0, math.nan
-    x, mean, low, high = report._thin(step, value)
-    assert x.size == mean.size == low.size == high.size == report.POINTS
+    x, mean, low, high = curves._thin(step, value)
+    assert x.size == mean.size == low.size == high.size == curves.POINTS
     assert high.max() == 50.0 and low.min() == 1.0 and np.isfinite(mean).all()
     assert abs(x[high.argmax()] - 77_778) < 100 and (np.diff(x) > 0).all()
     html, _, _ = read(write_report(write_run(tmp_path / "run", 20_000)))
@@ -166,9 +167,9 @@ def test_long_runs_are_thinned_without_hiding_a_spike(tmp_path):
 
 def test_the_running_mean_is_the_mean_and_does_not_bend_a_line():
     line = np.linspace(3, 8, 50)
-    assert np.allclose(report._running_mean(line, 5), line)
+    assert np.allclose(curves._running_mean(line, 5), line)
     noisy = np.array([1.0, 5.0, 0.0, 7.0, 2.0])
-    assert np.allclose(report._running_mean(noisy, 1), [1, 2, 4, 3, 2])
+    assert np.allclose(curves._running_mean(noisy, 1), [1, 2, 4, 3, 2])
 
 
 def test_environment_tells_versions_and_machine_but_no_secret(monkeypatch):
@@ -195,3 +196,69 @@ def test_the_command_line(tmp_path):
     refused = run(tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "runs/NAME" in refused.stderr
     assert "Traceback" not in refused.stderr and not (tmp_path / "report.html").exists()
+
+
+def tuned_run(run_dir):
+    """A fine-tuned run's folder: figures of its own in the journal, its best evaluation, and what it got wrong."""
+    write_run(run_dir, 20)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("val_bits_per_byte", None)
+        if row["step"] % 10 == 0:
+            row |= {"val_macro_f1": 0.5 + row["step"] / 100, "val_accuracy": 0.8}
+            row["val_ndcg_at_10"] = 0.9 - row["step"] / 100
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "task.json").write_text(json.dumps({"name": "token_classification", "labels": ["<a>", "b"]}))
+    result = {"metric": "val_macro_f1", "best": 0.7, "step": 20, "figures": {"val_macro_f1": 0.7, "val_loss": 1 / 3},
+              "labels": ["<a>", "b"], "confusion": [[31, 2], [3, 47]]}  # fmt: skip
+    (run_dir / "result.json").write_text(json.dumps(result))
+    texts = [f"<img src={number}> " + "long " * 100 for number in range(25)]
+    wrong = [{"right": False, "score": 0.75, "text": text, "gold": ["b"], "prediction": "<a>"} for text in texts]
+    lines = [{"right": True, "text": "all is well", "gold": "b", "prediction": "b"}, *wrong]
+    (run_dir / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"right": fal')
+    return run_dir
+
+
+def test_a_fine_tuned_run(tmp_path):
+    html, page, text = read(write_report(tuned_run(tmp_path / "mood")))
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", html)
+    assert titles[1:4] == ["Validation accuracy", "Validation macro F1", "Validation nDCG at 10"]
+    tiles = {label: (value, note) for label, value, note in
+             re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd><small>(.*?)</small>", html)}  # fmt: skip
+    assert tiles["Macro F1"] == ("0.7", "validation, best 0.7") and tiles["Accuracy"][1] == "validation, best 80.0%"
+    assert tiles["NDCG at 10"] == ("0.7", "validation, best 0.8")
+    assert "Fine-tuned: token classification" in text and "The best evaluation by macro F1: step 20." in text
+    assert "macro F1 loss validation 0.7 0.3333" in text
+    assert "<a> b <a> 31 2 b 3 47" in text  # the header, then a row for each label
+    assert page.tags.count("img") == 0 and "<img src=19>" in text and "<img src=20>" not in text  # the first 20
+    assert "all is well" not in text and "text gold prediction score" in text and "… b <a> 0.75" in text
+
+
+def test_the_headline_of_a_fine_tuned_run(tmp_path):
+    tuned_run(tmp_path)
+    assert headline(tmp_path).splitlines()[-1] == "  best macro F1 0.7, at step 20"
+    (tmp_path / "evaluation.json").write_text('{"suite": {"step": 20}}')
+    assert headline(tmp_path).count("\n") == 2
+
+
+def test_a_fine_tuned_run_with_damaged_files_still_has_a_page(tmp_path):
+    tuned_run(tmp_path)
+    for name in ("task.json", "result.json", "predictions.jsonl", "evaluation.json"):
+        (tmp_path / name).write_text('{"figures": {"val_f1": 1}, "suite": {"ste')
+    _, _, text = read(write_report(tmp_path))
+    assert "Macro F1" in text and "Fine-tuned" not in text and "got wrong" not in text
+
+
+def test_what_the_evaluation_tool_found_is_in_tables(tmp_path):
+    write_run(tmp_path, 3)
+    (tmp_path / "evaluation.json").write_text(json.dumps({
+        "step": 3, "val_loss": 2.5,
+        "suite": {"step": 3, "next_passage": {"accuracy": 0.6123456, "chance": 0.25}, "copying": {"repeat_loss": 0.5}},
+        "memorization": {"step": 2, "once": {"windows": 1000, "exact": 0.001}},
+        "tasks": {"step": 3, "limit": None, "hellaswag": {"acc": 0.3, "acc_stderr": 0.01}},
+    }))  # fmt: skip
+    html, page, text = read(write_report(tmp_path))
+    assert "accuracy chance repeat loss next_passage 0.6123 0.25 copying 0.5" in text
+    assert "step 2 windows exact once 1000 0.001" in text
+    assert "step 3, limit none acc acc stderr hellaswag 0.3 0.01" in text and page.tags.count("section") >= 4
+    assert "Evaluation on all held-out text step 3 val_loss 2.5" in text

@@ -1,9 +1,18 @@
 """python tools/evaluate.py runs/NAME [--data SHARDS]
+python tools/evaluate.py runs/NAME --suite --memorization
+python tools/evaluate.py runs/NAME --tasks lambada_openai,hellaswag --limit 200
 
-Bits per byte of a run's newest checkpoint on its whole validation shards, beside a unigram model (token frequencies of
-the training shards), gzip -9 and xz -9 on the same text. Of a masked model: loss and accuracy on the masked tokens of
-these shards, masked as in training, beside the unigram model's loss on the same tokens. The result is also written to
-runs/NAME/evaluation.json.
+Bits per byte of a run's checkpoint on its whole validation shards, beside a unigram model (token frequencies of the
+training shards), gzip -9 and xz -9 on the same text. Of a masked model: loss and accuracy on the masked tokens of
+these shards, masked as in training, beside the unigram model's loss on the same tokens.
+
+With --suite, instead: tasks made of the validation shards, for causal models in any language: which of four passages
+goes on a text, its last word, and a passage that is read twice. With --memorization: how much of the training shards
+the model continues word by word, by how often they have it, beside held-out text. With --tasks: tasks of the LM
+Evaluation Harness on the run's export (or on a Hugging Face folder); their data are fetched, or are local ones that
+YAML files in --include-path describe (these can name Python code: use your own).
+
+Results are also kept in runs/NAME/evaluation.json.
 """
 
 import argparse
@@ -11,62 +20,131 @@ import gzip
 import json
 import lzma
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain import checkpoint, compose, dist, hardware
+from pretrain import checkpoint, compose, convert, dist, generate, hardware, harness, memorization
 from pretrain.cli import run_tool
+from pretrain.config import Config
+from pretrain.data import manifest as manifests
 from pretrain.data import opening
+from pretrain.data.manifest import Manifest
 from pretrain.data.objectives import IGNORE, MaskedLM, make_objective
 from pretrain.data.stream import Rows, Stream
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.evaluate import Validation
+from pretrain.files import write_atomically
+from pretrain.suite import run_suite
 
 READ_AT_ONCE = 256  # windows
+LIMIT = 500  # examples of a task of --suite, windows of a kind for --memorization
+SUITES = ("suite", "memorization", "tasks")
+RESULTS = "evaluation.json"
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    folder = checkpoint.run_of(args.run)
+    if args.tasks:
+        harness.check()
+    wants_own = args.suite or args.memorization or not args.tasks
+    found = own_figures(args, folder) if wants_own else {}
+    if args.tasks:
+        found["tasks"] = harness_tasks(args)
+    show(found, folder)
+    save(folder / RESULTS, found)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
     parser.add_argument("--data", help="validation shards (default: the run's data.val)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: %(default)s")
+    parser.add_argument("--suite", action="store_true", help="tasks made of the validation shards")
+    parser.add_argument("--memorization", action="store_true", help="training text that the model knows by heart")
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of the LM Evaluation Harness")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="--tasks: a folder of tasks of your own")
+    parser.add_argument("--limit", type=int, help=f"examples of each task (default: {LIMIT}; of --tasks: all)")
     args = parser.parse_args(argv)
-    folder = checkpoint.run_of(args.run)
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    if args.include_path and not args.tasks:
+        parser.error("--include-path is for --tasks")
+    return args
+
+
+def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Those of all held-out text; or, by their names, the suites that were asked for."""
+    if (args.run / "config.json").is_file():
+        raise ValueError(f"{args.run} is a Hugging Face folder: give it --tasks, or import it (tools/import_hf.py)")
+    cfg, tokenizer = read_run(args, folder), load_tokenizer(folder)
+    step = {"step": checkpoint.read_header(checkpoint.to_use(args.run)).step}
+    model, device = open_model(args.run, args.precision)
+    limit = args.limit or LIMIT
+    found: dict[str, Any] = {}
+    if args.suite:
+        held_out = open_split(cfg.data.val, "val", cfg, tokenizer)
+        found["suite"] = step | run_suite(model, held_out, tokenizer, cfg.train.seq_len, limit)
+    if args.memorization:
+        found["memorization"] = step | known_by_heart(model, cfg, tokenizer, limit)
+    return found or step | on_held_out_text(model, device, cfg, tokenizer)
+
+
+def read_run(args: argparse.Namespace, folder: Path) -> Config:
+    """The run's config, its validation shards those that the command line names."""
     cfg = compose.read(folder / "config.yaml")
+    if cfg.task is not None:
+        raise ValueError(f"{folder} was fine-tuned for {cfg.task.name}: its figures are in result.json, and "
+                         "python -m pretrain.predict has them of other data")  # fmt: skip
     if not (args.data or cfg.data.val):
         raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
-    tokenizer = load_tokenizer(folder)
-    objective = make_objective(cfg.objective, tokenizer, cfg.seed)
-    where = (cfg.data, cfg.train.seq_len, tokenizer)
-    held_out = opening.open_held_out(args.data or cfg.data.val, *where)
-    training = [opening.open_held_out(source, *where, "train") for source in cfg.data.sources]
-
-    result = {"step": checkpoint.read_header(checkpoint.newest(args.run)).step, "windows": held_out.epoch_samples}
-    result |= evaluate_model(args.run, held_out, tokenizer, objective, args.precision)
-    counts = sum(np.bincount(tokens, minlength=tokenizer.vocab_size) for stream in training for tokens in parts(stream))
-    if "val_bits_per_byte" in result:
-        result |= text_baselines(held_out, tokenizer, counts)
-    else:
-        result |= token_baseline(held_out, tokenizer, objective, counts)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    show(result, folder)
+    return replace(cfg, data=replace(cfg.data, val=args.data or cfg.data.val))
 
 
-def evaluate_model(run: Path, held_out: Stream, tokenizer: Tokenizer, objective, precision: str) -> dict[str, float]:
-    """What `Validation` says over all windows, with a progress bar."""
+def open_model(run: Path, precision: str) -> tuple[torch.nn.Module, torch.device]:
     device = dist.start(dist.ALONE)
     dtype = torch.bfloat16 if hardware.resolve_precision(precision, device) == "bf16" else torch.float32
-    model = checkpoint.load_model(run).to(device, dtype)
+    return checkpoint.load_model(run).to(device, dtype), device
+
+
+def open_split(location: str, split: str, cfg: Config, tokenizer: Tokenizer) -> Manifest:
+    manifest = manifests.open_split(location, split, opening.cache_settings(cfg.data))
+    manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
+    return manifest
+
+
+def on_held_out_text(
+    model: torch.nn.Module, device: torch.device, cfg: Config, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Figures of all windows of the validation shards, and of the baselines."""
+    objective = make_objective(cfg.objective, tokenizer, cfg.seed)
+    where = (cfg.data, cfg.train.seq_len, tokenizer)
+    held_out = opening.open_held_out(cfg.data.val, *where)
+    training = [opening.open_held_out(source, *where, "train") for source in cfg.data.sources]
+    result = {"windows": held_out.epoch_samples} | evaluate_model(model, device, held_out, tokenizer, objective)
+    counts = sum(np.bincount(tokens, minlength=tokenizer.vocab_size) for stream in training for tokens in parts(stream))
+    if "val_bits_per_byte" in result:
+        return result | text_baselines(held_out, tokenizer, counts)
+    return result | token_baseline(held_out, tokenizer, objective, counts)
+
+
+def evaluate_model(
+    model: torch.nn.Module, device: torch.device, held_out: Stream, tokenizer: Tokenizer, objective: Callable
+) -> dict[str, float]:
+    """What `Validation` says over all windows, with a progress bar."""
     validation = Validation(held_out, objective, 0, 16, tokenizer.byte_lengths())
     with tqdm(total=held_out.epoch_samples, desc="evaluating", unit=" windows") as bar, torch.no_grad():
 
-        def evaluate(score_rows: Callable, *batch: torch.Tensor) -> torch.Tensor:
-            bar.update(len(batch[0]))
-            return score_rows(model, *batch).double().cpu()
+        def evaluate(score_rows: Callable, **batch: torch.Tensor) -> torch.Tensor:
+            bar.update(len(batch["inputs"]))
+            return score_rows(model, **batch).double().cpu()
 
         return validation.run(evaluate, dist.ALONE, device)
 
@@ -110,7 +188,15 @@ def unigram_bits(counts: np.ndarray, ids: np.ndarray) -> float:
     return float(-np.log2(counts / counts.sum())[ids].sum())
 
 
-def show(result: dict, folder: Path) -> None:
+def show(found: dict[str, Any], folder: Path) -> None:
+    if "val_loss" in found:
+        show_held_out(found, folder)
+    for name in SUITES:
+        if name in found:
+            show_table(f"{folder}, {name}", found[name])
+
+
+def show_held_out(result: dict[str, Any], folder: Path) -> None:
     perplexity = f"perplexity {math.exp(result['val_loss']):.1f}"
     if "text_bytes" in result:
         print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of held-out text")
@@ -125,6 +211,59 @@ def show(result: dict, folder: Path) -> None:
     print(f"\n{folder}, step {result['step']}, on {where}")
     print(f"  this model {result['val_loss']:8.3f} nats a token   ({perplexity}{right})")
     print(f"  unigram    {result['unigram_loss']:8.3f}")
+
+
+def known_by_heart(model: torch.nn.Module, cfg: Config, tokenizer: Tokenizer, limit: int) -> dict[str, Any]:
+    """Of windows of training text by how often it has them, and of held-out ones: how many are continued exactly."""
+    length = memorization.PROMPT + memorization.CONTINUATION
+    if model.trunk.config.max_positions < length:
+        raise ValueError(f"--memorization takes windows of {length} tokens: this model is too short for them")
+    training = [open_split(source, "train", cfg, tokenizer) for source in cfg.data.sources]
+    held_out = open_split(cfg.data.val, "val", cfg, tokenizer)
+    special = [*tokenizer.special_ids.values()]
+    total = memorization.tokens_to_read(training, held_out)
+    with tqdm(total=total, desc="counting", unit=" tokens", unit_scale=True) as bar:
+        chosen = memorization.choose_windows(training, held_out, special, limit, bar.update)
+    found: dict[str, Any] = {"prompt_tokens": memorization.PROMPT, "continued_tokens": memorization.CONTINUATION}
+    with tqdm(total=sum(map(len, chosen.values())), desc="continuing", unit=" windows") as bar:
+        for name, rows in chosen.items():
+            exact = generate.memorized(model, rows, memorization.PROMPT, on_rows=bar.update)
+            found[name] = {"windows": len(rows), "exact": float(exact.mean()) if len(rows) else None}
+    return found
+
+
+def harness_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """The harness's figures of each task on a Hugging Face folder, or on a run's export."""
+    precision = hardware.resolve_precision(args.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    names = [name for name in args.tasks.split(",") if name]
+    options = (str(convert.DTYPES[precision]).removeprefix("torch."), names, args.include_path, args.limit)
+    if (args.run / "config.json").is_file():
+        return harness.evaluate(args.run, *options)
+    step = checkpoint.read_header(checkpoint.to_use(args.run)).step
+    with tempfile.TemporaryDirectory() as scratch:
+        convert.export_hf(args.run, Path(scratch) / "model", precision)
+        found = harness.evaluate(Path(scratch) / "model", *options)
+    return {task: figures | {"step": step} for task, figures in found.items()}
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    """Put what was found beside what is there: other suites, and other tasks of the harness."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if "tasks" in found:
+        found["tasks"] = before.get("tasks", {}) | found["tasks"]
+    kept = {name: value for name, value in before.items() if name in SUITES or "val_loss" not in found}
+    write_atomically(path, (json.dumps(kept | found, indent=1) + "\n").encode())
+
+
+def show_table(title: str, found: dict[str, Any]) -> None:
+    """A line for each record of a suite."""
+    print(f"\n{title}")
+    width = max(len(name) for name, record in found.items() if isinstance(record, dict))
+    for name, record in found.items():
+        if isinstance(record, dict):
+            values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in record.items())  # fmt: skip
+            print(f"  {name:{width}}  {', '.join(values)}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,166 @@
 """python tools/generate.py runs/NAME --prompt "def " --max-tokens 100
 
-Continues a prompt with a run's newest checkpoint (or the checkpoint folder given), printing as it goes.
+Continues text with a model: that of a run (its newest checkpoint), of a checkpoint, or of a Hugging Face folder.
+
+  --prompt TEXT                    continues a prompt, printing as it goes
+  --input FILE --output FILE       continues every prompt of a file, many at once
+  --chat                           talks: each line is a message, the answers keep the conversation; Ctrl-D ends it
+  --chat --prompt TEXT             answers a message; --chat --input FILE each message of a file
+
+What is drawn depends on the seed and the number of the prompt, not on the batches.
 """
 
 import argparse
+import itertools
+import json
 import sys
+import time
 from pathlib import Path
 
-from pretrain import checkpoint, generate
+import torch
+from tqdm import tqdm
+
+from pretrain import checkpoint, convert, generate, hardware
 from pretrain.cli import run_tool
-from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.chat import ChatFormat
+from pretrain.data.tables import read_table
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.files import write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    prompts = read_prompts(args.input, args.text_key) if args.input else args.prompt or [""]
+    model, tokenizer = load(args.run, args.precision)
+    talk = Talk(model, tokenizer, args)
+    if args.input:
+        rows = continue_all(talk, prompts, args.batch_size)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if args.output:
+            write_atomically(args.output, lines.encode())
+        else:
+            sys.stdout.write(lines)
+    elif args.chat and not args.prompt:
+        converse(talk)
+    else:
+        for row, prompt in enumerate(prompts):
+            talk.say(talk.ids([prompt]), row, "" if args.chat else prompt)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
-    parser.add_argument("--prompt", default="", help="the text to continue (default: a new text)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="stop after this many tokens (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling's mass (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
+    add = parser.add_argument
+    add("run", type=Path, help="a run's folder, one of its checkpoints, or a Hugging Face folder")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", action="append", help="the text to continue (default: a new text); may be repeated")
+    what.add_argument("--input", type=Path, help="a file of prompts: .txt, one a line, or .jsonl, .csv, .parquet, ...")
+    add("--text-key", default="prompt", help="the column of --input that holds them (default %(default)s)")
+    add("--output", type=Path, help="where the continuations of --input go, as JSONL (default: to the terminal)")
+    add("--batch-size", type=int, default=16, help="prompts of --input at once (default %(default)s)")
+    add("--max-tokens", type=int, default=128, help="stop after this many tokens (default %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
+    add("--top-p", type=float, default=0.95, help="nucleus sampling's mass (default %(default)s)")
+    add("--top-k", type=int, default=0, help="sample from so many likeliest tokens (default: all)")
+    add("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--chat", action="store_true", help="prompts are messages, written by the tokenizer's chat template")
+    add("--system", metavar="TEXT", help="what the system says before a chat")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="default: %(default)s")
     args = parser.parse_args(argv)
-    model = checkpoint.load_model(args.run)
-    tokenizer = load_tokenizer(checkpoint.run_of(args.run))
-    pieces = generate.continue_text(
-        model, tokenizer, args.prompt, args.max_tokens, args.temperature, args.top_p, args.seed
-    )
-    for index, piece in enumerate(pieces):
-        sys.stdout.write(args.prompt + piece if index == 0 else piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    if args.output and not args.input:
+        parser.error("--output is for the prompts of --input")
+    if args.system and not args.chat:
+        parser.error("--system is for --chat")
+    if args.batch_size < 1 or "" in args.stop:
+        parser.error("--batch-size must be at least 1, and --stop some text")
+    return args
+
+
+def read_prompts(path: Path, column: str) -> list[str]:
+    """The prompts of a file: the lines of a .txt, else a column of a table."""
+    if path.suffix != ".txt":
+        return read_table(str(path), "--input").texts(column, "--text-key")
+    try:
+        prompts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    if not prompts:
+        raise ValueError(f"{path} has no lines: write a prompt on each")
+    return prompts
+
+
+def load(path: Path, precision: str) -> tuple[torch.nn.Module, Tokenizer]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if hardware.resolve_precision(precision, device) == "bf16" else torch.float32
+    return convert.load_model(path).to(device, dtype), load_tokenizer(checkpoint.run_of(path))
+
+
+class Talk:
+    """A model, and how it is to write: texts, or answers to messages."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, args.max_tokens
+        self.sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+        self.chat = ChatFormat(tokenizer) if args.chat else None
+        self.system = [{"role": "system", "content": args.system}] if args.system else []
+        self.ends = {"stop_ids": self.chat.stop_ids if self.chat else None, "stops": args.stop}
+
+    def ids(self, said: list[str], place: str = "the conversation") -> list[int]:
+        """What the model continues: a text, or the messages of a user and the assistant in turn."""
+        if self.chat is None:
+            return generate.prompt_ids(self.tokenizer, said[-1])
+        roles = ("user", "assistant") * len(said)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        return self.chat.encode([*self.system, *messages], add_generation_prompt=True, place=place)[0]
+
+    def say(self, ids: list[int], row: int, before: str = "") -> str:
+        """Print `before` and what the model writes after these ids, as it comes; the latter is returned."""
+        arguments = (self.model, self.tokenizer, ids, self.max_tokens, self.sampling)
+        pieces, text = generate.continue_text(*arguments, **self.ends, row=row), ""
+        sys.stdout.write(before)
+        for piece in pieces:
+            piece = piece if text or self.chat is None else piece.lstrip()  # templates put a space before an answer
+            text += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return text
+
+
+def continue_all(talk: Talk, prompts: list[str], batch_size: int) -> list[dict]:
+    """{"prompt", "text", "tokens"} of each prompt."""
+    ids = [talk.ids([prompt], f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    started = time.perf_counter()
+    with tqdm(total=len(ids), desc="generating", unit=" prompts") as bar:
+        options = {**talk.ends, "on_rows": bar.update}
+        arguments = (ids, talk.max_tokens, batch_size, talk.sampling)
+        found = generate.generate_texts(talk.model, talk.tokenizer, *arguments, **options)
+    tokens, seconds = sum(count for _, count in found), time.perf_counter() - started
+    print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second", file=sys.stderr)
+    return [{"prompt": prompt, "text": text.strip() if talk.chat else text, "tokens": count}
+            for prompt, (text, count) in zip(prompts, found, strict=True)]  # fmt: skip
+
+
+def converse(talk: Talk) -> None:
+    """Answer each line of the terminal until it ends."""
+    limit = talk.model.trunk.config.max_positions
+    said: list[str] = []
+    for turn in itertools.count():
+        try:
+            message = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not message:
+            continue
+        said.append(message)
+        while len(said) > 2 and len(talk.ids(said)) + talk.max_tokens > limit:
+            del said[:2]
+            print("(the oldest question and its answer are forgotten: the conversation is too long)", file=sys.stderr)
+        if answer := talk.say(talk.ids(said), turn).strip():
+            said.append(answer)
+        else:
+            said.pop()
+            print("(no answer)", file=sys.stderr)
 
 
 if __name__ == "__main__":

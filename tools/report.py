@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from pretrain.cli import run_tool
+from pretrain.page import words
 from pretrain.report import write_report
 
 
@@ -41,17 +42,21 @@ def headline(run: Path) -> str:
     starts = [event for event in events if "peak_tflops" in event]
     if starts:
         lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
-    evaluation = run / "evaluation.json"
-    if evaluation.is_file():
-        result = json.loads(evaluation.read_text())
-        if "text_bytes" in result:
-            others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
-            lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
-        else:
-            right = f", {result['val_accuracy']:.1%} of masked tokens right" if "val_accuracy" in result else ""
-            unigram = f"unigram {result['unigram_loss']:.3f}"
-            lines.append(f"  {result['val_loss']:.3f} nats a token on held-out text ({unigram}{right})")
+    result = read_object(run / "evaluation.json")
+    if "text_bytes" in result:
+        others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
+        lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
+    elif "unigram_loss" in result:
+        right = f", {result['val_accuracy']:.1%} of masked tokens right" if "val_accuracy" in result else ""
+        unigram = f"unigram {result['unigram_loss']:.3f}"
+        lines.append(f"  {result['val_loss']:.3f} nats a token on held-out text ({unigram}{right})")
+    if best := read_object(run / "result.json"):
+        lines.append(f"  best {words(best['metric'].removeprefix('val_'))} {best['best']:.4g}, at step {best['step']}")
     return "\n".join(lines)
+
+
+def read_object(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read_lines(path: Path) -> list[dict]:

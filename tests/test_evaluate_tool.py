@@ -1,0 +1,131 @@
+"""tools/evaluate.py's suites: what they find stands beside what is there, and the harness's figures are right."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from pretrain import checkpoint, compose, harness
+from pretrain.config import to_yaml
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.report import write_report
+from tools import evaluate
+
+QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
+
+
+def test_suites_stand_beside_the_figures_of_all_held_out_text(tool, undisturbed):
+    before = {"step": 24, "val_loss": 4.5, "targets": 9, "unigram_loss": 5.0}
+    (undisturbed / "evaluation.json").write_text(json.dumps(before))
+    said = tool("evaluate.py", undisturbed, "--suite", "--memorization", "--limit", 30, "--precision", "fp32").stdout
+    found = json.loads((undisturbed / "evaluation.json").read_text())
+    assert {name: found[name] for name in before} == before
+    suite, known = found["suite"], found["memorization"]
+    assert suite["step"] == known["step"] == 24
+    assert suite["next_passage"]["items"] == suite["copying"]["items"] == 30 >= suite["last_word"]["items"] > 10
+    assert 2 < suite["copying"]["first_loss"] < 7  # below the 6.2 nats of a guess among 512, or little above
+    assert known["once"]["windows"] == known["held out"]["windows"] == 30 and known["once"]["exact"] == 0
+    for name in ("next_passage", "copying", "2 to 10 times", "held out"):
+        assert name in said
+    page = write_report(undisturbed).read_text()
+    assert "Tasks made of held-out text" in page and "Training text known by heart" in page and "val_loss" in page
+
+
+def write_task(folder) -> None:
+    """A task of the harness with its data beside it."""
+    rows = [{"question": question, "choices": choices, "answer": number % 3}
+            for number, (question, choices) in enumerate(QUESTIONS)]  # fmt: skip
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "words.yaml").write_text(f"""task: own_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+
+
+@torch.no_grad()
+def likeliest_choice(model, tokenizer, question: str, choices: list[str]) -> int:
+    """The choice of the greatest log-probability after the question, by our own model."""
+    chances = []
+    for choice in choices:
+        ids = [*tokenizer.prefix, *tokenizer.encode(question + choice)]
+        first = len(tokenizer.prefix) + len(tokenizer.encode(question.rstrip()))  # the space goes to the choice
+        log_p = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        chances.append(float(log_p[range(first - 1, len(ids) - 1), ids[first:]].sum()))
+    return max(range(len(choices)), key=chances.__getitem__)
+
+
+def test_tasks_of_the_harness_are_asked_of_the_export(tool, undisturbed, tmp_path):
+    pytest.importorskip("lm_eval")
+    write_task(tmp_path / "tasks")
+    options = ("--tasks", "own_words", "--include-path", tmp_path / "tasks", "--precision", "fp32")
+    said = tool("evaluate.py", undisturbed, *options).stdout
+    found = json.loads((undisturbed / "evaluation.json").read_text())["tasks"]["own_words"]
+    model, tokenizer = checkpoint.load_model(undisturbed), load_tokenizer(undisturbed)
+    hits = [likeliest_choice(model, tokenizer, *row) == number % 3 for number, row in enumerate(QUESTIONS)]
+    assert found["acc"] == pytest.approx(sum(hits) / 6) and found["items"] == 6 and found["step"] == 24
+    assert "own_words" in said and f"acc {found['acc']:.4g}" in said
+
+
+def test_an_unknown_task_is_met_with_the_nearest_names(tmp_path):
+    pytest.importorskip("lm_eval")
+    write_task(tmp_path / "tasks")
+    with pytest.raises(ValueError, match=r"no task 'own_word': did you mean .*own_words"):
+        harness.run({"tasks": ["own_word"], "include_path": str(tmp_path / "tasks")})
+
+
+def test_the_harness_suffixes_are_left_out():
+    found = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,strict-match": 0.25, "sample_len": 6}
+    assert harness.figures(found) == {"acc": 0.5, "exact_match strict-match": 0.25, "items": 6}
+
+
+def test_without_a_network_or_the_harness_it_is_said_what_to_do(monkeypatch):
+    class LocalEntryNotFoundError(Exception):
+        pass
+
+    request = {"tasks": ["lambada_openai"]}
+    try:
+        try:
+            raise LocalEntryNotFoundError("no route")
+        except LocalEntryNotFoundError as error:
+            raise RuntimeError("could not load the data set") from error
+    except RuntimeError as error:
+        assert "--include-path" in harness.explained(error, request)
+    assert harness.explained(ValueError("bad task"), request) == "bad task"
+    assert harness.explained(KeyError("a fault"), request) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pretrain\[eval\]"):
+        evaluate.main(["runs/none", "--tasks", "hellaswag"])
+
+
+def test_other_suites_and_other_tasks_are_kept(tmp_path):
+    path = tmp_path / "evaluation.json"
+    evaluate.save(path, {"step": 1, "val_loss": 2.0, "unigram_loss": 3.0})
+    evaluate.save(path, {"tasks": {"a": {"acc": 0.1}, "b": {"acc": 0.2}}})
+    evaluate.save(path, {"tasks": {"b": {"acc": 0.3}}, "suite": {"step": 1}})
+    evaluate.save(path, {"step": 2, "val_loss": 1.0})
+    assert json.loads(path.read_text()) == {
+        "step": 2, "val_loss": 1.0, "tasks": {"a": {"acc": 0.1}, "b": {"acc": 0.3}}, "suite": {"step": 1},
+    }  # fmt: skip
+
+
+def test_what_has_no_held_out_text_of_its_own_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hugging Face folder: give it --tasks"):
+        evaluate.main([str(tmp_path), "--suite"])
+    (tmp_path / "config.json").unlink()
+    tuned = compose.compose("finetune", ["task=classification", "run.name=x", "data.train=x.jsonl", "data.val=y.jsonl"])
+    (tmp_path / "config.yaml").write_text(to_yaml(tuned))
+    with pytest.raises(ValueError, match="fine-tuned for classification"):
+        evaluate.main([str(tmp_path)])
+    for wrong in (["--limit", "0"], ["--include-path", "x"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path), *wrong])
