@@ -8,6 +8,7 @@ last. Nothing is pickled. One that holds weights only, such as an imported model
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -23,12 +24,14 @@ from pretrain.dist import ALONE, Ranks, all_gather_objects, new_cpu_group
 from pretrain.engine import WEIGHT, Fragment
 from pretrain.files import check_room, sync_folder, write_synced
 from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.lora import adapted, merged, without_lora
 from pretrain.saved import MANIFEST, Header, Reader, fragment_key, manifest_bytes, read_manifest, verify_file
 from pretrain.tensors import Spec, serialize, split, write_file
 
 STAGING, DISCARDED, BAD = ".staging-", ".discarded-", "bad-"
 ATTEMPTS = 2
 NO_OPTIMIZER = "none"
+RESULT = "result.json"  # of a fine-tuned run: its best figure and the step of that
 WEIGHTS_FILE_BYTES = 4 << 30  # of a checkpoint that holds weights only; its files are verified by the ranks in parallel
 
 
@@ -49,14 +52,19 @@ class Checkpoints:
         self.group = new_cpu_group()
         self.thread: threading.Thread | None = None
         self.outcome: dict | None = None
+        self.best_step: int | None = None
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*folder.glob(STAGING + "*"), *folder.glob(DISCARDED + "*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, header: Header, fragments: Iterable[Fragment]) -> None:
-        """Copy the fragments and write them in the background, after the save before is done. On all ranks."""
+    def save(self, header: Header, fragments: Iterable[Fragment], best_step: int | None = None) -> None:
+        """Copy the fragments and write them in the background, after the save before is done. On all ranks.
+
+        The checkpoint of `best_step` is kept whatever its age.
+        """
         self.wait()
+        self.best_step = best_step
         owned = list(fragments)
         tensors = {fragment_key(f.name, f.kind, f.offset): f.values.detach().to("cpu", copy=True) for f in owned}
         listing = {
@@ -149,7 +157,10 @@ class Checkpoints:
         """Remove all but the newest; what cannot be removed now is left, and harms no save."""
         if not self.ranks.is_main:
             return
+        best = None if self.best_step is None else step_folder(self.folder, self.best_step)
         for old in committed(self.folder)[self.keep :]:
+            if old == best:
+                continue
             discarded = old.with_name(DISCARDED + old.name)
             if _error_of(functools.partial(os.rename, old, discarded)) is None:  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded, ignore_errors=True)
@@ -168,9 +179,7 @@ def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | 
     return None
 
 
-def verify(
-    checkpoint: Path, ranks: Ranks = ALONE, on_bytes: Callable[[int], object] = lambda count: None
-) -> None:
+def verify(checkpoint: Path, ranks: Ranks = ALONE, on_bytes: Callable[[int], object] = lambda count: None) -> None:
     """Raise `ValueError` when a file of this rank's share is missing, short or changed. `on_bytes`: what was read."""
     for file in read_manifest(checkpoint)["files"][ranks.rank :: ranks.world_size]:
         verify_file(checkpoint, file)
@@ -202,39 +211,58 @@ def run_of(run_or_checkpoint: Path) -> Path:
     return path.parent.parent if (path / MANIFEST).exists() else path
 
 
-def newest(run_or_checkpoint: Path) -> Path:
-    """The newest checkpoint of a run, or the checkpoint that the path is."""
+def to_use(run_or_checkpoint: Path) -> Path:
+    """The checkpoint that a run is used with: the best one where its result.json names one, else the newest. Of a
+    checkpoint, itself.
+    """
     path = Path(run_or_checkpoint)
     found = [path] if (path / MANIFEST).exists() else committed(path / "checkpoints")
     if not found:
         raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one")
-    return found[0]
+    result = path / RESULT
+    best = step_folder(path / "checkpoints", json.loads(result.read_text())["step"]) if result.is_file() else None
+    return best if best in found else found[0]
 
 
 class Weights:
-    """The fp32 weights of a checkpoint, or of a run's newest one, whole or in parts, read when they are asked for."""
+    """The fp32 weights of a checkpoint, or of a run, whole or in parts, read when they are asked for.
+
+    Of a model with LoRA they are those of the plain model that it amounts to.
+    """
 
     def __init__(self, run_or_checkpoint: Path):
-        self.checkpoint = newest(run_or_checkpoint)
+        self.checkpoint = to_use(run_or_checkpoint)
         self._reader = Reader(self.checkpoint)
         self.header = self._reader.header
         if differing := set(self.header.model) ^ set(ModelConfig.__dataclass_fields__):
             raise ValueError(f"{self.checkpoint} is of another version, whose models have other settings than this "
                              f"one's: {', '.join(sorted(differing))}")  # fmt: skip
-        self.config = ModelConfig(**self.header.model)
+        self._saved_config = ModelConfig(**self.header.model)
+        self._saved_shapes = parameter_shapes(self._saved_config)
+        self.config = without_lora(self._saved_config)
         self.shapes = parameter_shapes(self.config)
         saved = {name: tuple(shape) for name, shape in self._reader.manifest["parameters"].items()}
-        both = {**self.shapes, **saved}
-        if wrong := [name for name in both if saved.get(name) != self.shapes.get(name)]:
-            listed = "; ".join(f"{name} has {saved.get(name)}, not {self.shapes.get(name)}" for name in wrong[:4])
+        both = {**self._saved_shapes, **saved}
+        if wrong := [name for name in both if saved.get(name) != self._saved_shapes.get(name)]:
+            shapes = self._saved_shapes
+            listed = "; ".join(f"{name} has {saved.get(name)}, not {shapes.get(name)}" for name in wrong[:4])
             raise ValueError(f"{self.checkpoint}: {len(wrong)} shapes differing from its model's config: {listed}")
 
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter."""
-        return self.read_range(name, 0, torch.Size(self.shapes[name]).numel()).view(self.shapes[name])
+        return merged(self._saved_config, name, self._read_saved)
 
     def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
-        """[offset, offset + numel) of the flat parameter; nothing else of it is read."""
+        """[offset, offset + numel) of the flat parameter; without LoRA, nothing else of it is read."""
+        if adapted(self._saved_config):
+            return self.read(name).view(-1)[offset : offset + numel]
+        return self._read_part(name, offset, numel)
+
+    def _read_saved(self, name: str) -> torch.Tensor:
+        shape = self._saved_shapes[name]
+        return self._read_part(name, 0, torch.Size(shape).numel()).view(shape)
+
+    def _read_part(self, name: str, offset: int, numel: int) -> torch.Tensor:
         values = torch.empty(numel, dtype=torch.float32)
         self._reader.fill(name, WEIGHT, offset, values)
         return values

@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten, phases
 
+TASKS = ("classification", "token_classification", "extractive_qa", "instruct", "language_model", "embedding")
 CHOICES = {
     "resume": ("auto", "never"),
     "train.precision": ("auto", "bf16", "fp32"),
@@ -17,32 +18,40 @@ CHOICES = {
     "model.norm": ("rmsnorm", "layernorm"),
     "model.norm_position": ("pre", "post"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2"),
-    "model.head": ("lm", "pooled", "none"),
+    "model.head": ("lm", "pooled", "none", "sequence", "tokens", "span", "embedding"),
+    "model.pooling": ("first", "last", "mean", "pooler"),
+    "model.lora_on": ("all", "attention"),
     "model.attention": ("sdpa", "plain"),
     "model.init": ("scaled", "normal", "zero_residual", "xavier"),
-    "data.packing": ("window", "best_fit"),
+    "data.packing": ("window", "best_fit", "none"),
     "objective.name": ("causal_lm", "masked_lm"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "deepspeed.stage": (0, 1, 2, 3),
+    "task.name": tuple(TASKS),
+    "task.class_weights": ("none", "balanced"),
+    "task.figures": ("none", "translation", "summaries", "answers"),
+    "tuning.method": ("full", "head", "last_layers", "lora"),
     "log.wandb": ("offline", "online", "disabled"),
     "guard.on_nonfinite": ("stop", "ignore"),
 }
 POSITIVE = (
-    "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints",
-    "model.layers", "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std",
-    "model.rope_theta", "model.rope_factor", "objective.mask_rate", "optim.lr", "optim.eps", "data.prefetch_batches",
-    "data.cache_gb",
+    "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints", "model.layers",
+    "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std", "model.rope_theta",
+    "model.rope_factor", "model.lora_alpha", "objective.mask_rate", "optim.lr", "optim.eps", "data.prefetch_batches",
+    "data.cache_gb", "task.max_answer_tokens", "task.temperature", "task.max_new_tokens", "tuning.last_layers",
+    "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "train.save_every", "train.eval_every", "train.eval_samples", "model.vocab_size", "model.kv_heads",
-    "model.head_width", "model.ffn_width", "model.rope_original_positions", "model.sliding_window",
-    "model.global_every", "model.local_rope_theta", "model.segments", "model.logit_softcap", "objective.z_loss",
-    "optim.weight_decay", "optim.grad_clip", "schedule.warmup_steps", "log.sample_tokens",
+    "seed", "train.steps", "train.epochs", "train.save_every", "train.eval_every", "train.eval_samples",
+    "model.vocab_size", "model.kv_heads", "model.head_width", "model.ffn_width", "model.rope_original_positions",
+    "model.sliding_window", "model.global_every", "model.local_rope_theta", "model.segments", "model.labels",
+    "model.lora_rank", "model.logit_softcap", "objective.z_loss", "optim.weight_decay", "optim.grad_clip",
+    "schedule.warmup_steps", "log.sample_tokens", "task.stride", "task.generate_samples", "tuning.early_stopping",
 )  # fmt: skip
 FRACTIONS = (
     "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "schedule.min_lr_ratio",
-    "schedule.decay_fraction",
+    "schedule.decay_fraction", "tuning.layer_lr_decay",
 )  # fmt: skip
 
 
@@ -53,6 +62,12 @@ def check(config: Config) -> None:
     _check_sources(config.data, config.train)
     _check_phases(config.train)
     _check_parts(config.model)
+    if not config.train.steps and not config.train.epochs:
+        raise ValueError("train.steps=0 and train.epochs=0 train nothing: give one of them")
+    if config.tuning:
+        _check_tuning(config)
+    elif config.data.packing == "none":
+        raise ValueError("data.packing=none is for examples (pretrain.finetune): take window or best_fit")
     longest = max(phase.seq_len for phase in phases(config.train))
     if longest > config.model.max_positions:
         raise ValueError(
@@ -115,6 +130,17 @@ def _check_sources(data: DataConfig, train: TrainConfig) -> None:
             )
 
 
+def _check_tuning(config: Config) -> None:
+    if config.train.phases or config.data.weights:
+        raise ValueError("train.phases and data.weights are for shards of tokens (pretrain.train), not for examples")
+    if config.tuning.method == "last_layers" and config.tuning.last_layers > config.model.layers:
+        raise ValueError(f"tuning.last_layers={config.tuning.last_layers}: the model has {config.model.layers} layers")
+    if config.data.packing == "window":
+        raise ValueError("data.packing=window is for shards of tokens: take best_fit or none")
+    if config.model.lora_rank:
+        raise ValueError("model.lora_rank is set by tuning=lora tuning.lora_rank=N")
+
+
 def _check_phases(train: TrainConfig) -> None:
     last = 0
     for i, phase in enumerate(train.phases):
@@ -150,5 +176,18 @@ def _check_parts(model: ModelConfig) -> None:
         raise ValueError("model.rope_high_freq_factor must be greater than model.rope_low_freq_factor")
     if model.global_every and not model.sliding_window:
         raise ValueError("model.global_every says which layers have no window: give model.sliding_window too")
-    if model.head != "lm" and (model.head_transform or model.head_bias or model.logit_softcap):
-        raise ValueError(f"model.head={model.head} has no output matrix: drop head_transform, head_bias, logit_softcap")
+    _check_head(model)
+
+
+def _check_head(model: ModelConfig) -> None:
+    labelled, has_matrix = model.head in ("sequence", "tokens"), model.head not in ("pooled", "none", "embedding")
+    if not has_matrix and (model.head_transform or model.head_bias):
+        raise ValueError(f"model.head={model.head} has no output matrix: drop head_transform, head_bias")
+    if model.head != "lm" and model.logit_softcap:
+        raise ValueError(f"model.logit_softcap is for model.head=lm, not {model.head}: drop it")
+    if labelled != (model.labels > 0):
+        raise ValueError(f"model.labels={model.labels}: model.head={model.head} has {'one or more' if labelled else 0}")
+    if model.pooling != "first" and model.head not in ("sequence", "embedding"):
+        raise ValueError(f"model.pooling={model.pooling} is for model.head=sequence or embedding, not {model.head}")
+    if model.pooling == "pooler" and model.head == "embedding":
+        raise ValueError("model.pooling=pooler is for model.head=sequence: an embedding is first, last or mean")

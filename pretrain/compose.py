@@ -8,9 +8,9 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra
 import yaml
@@ -23,6 +23,15 @@ from pretrain.checks import check
 from pretrain.config import Config
 
 ReadModel = Callable[[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a composed configuration came from, for messages: the main file, the command line, the groups' choices."""
+
+    config_name: str = "pretrain"
+    overrides: tuple[str, ...] = ()
+    choices: dict[str, str] = field(default_factory=dict)
 
 
 def conf_folder() -> Path:
@@ -48,14 +57,14 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     try:
         note()
     except HydraException as error:
-        raise ValueError(_explain(error, sys.argv[1:])) from error
+        raise ValueError(_explain(error, Origin(config_name, tuple(sys.argv[1:])))) from error
     if not composed:
         return None
     cfg, hydra_config = composed[0]
     if len(composed) > 1 or hydra_config.mode.name != "RUN":
         raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-    overrides, choices = tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices)
-    return from_hydra(_with_its_model(cfg, overrides, choices, read_model), overrides, choices)
+    origin = Origin(config_name, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
+    return from_hydra(_with_its_model(cfg, origin, read_model), origin)
 
 
 def compose(config_name: str, overrides: list[str]) -> Config:
@@ -64,14 +73,14 @@ def compose(config_name: str, overrides: list[str]) -> Config:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder().resolve())):
             cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
     except HydraException as error:
-        raise ValueError(_explain(error, overrides)) from error
+        raise ValueError(_explain(error, Origin(config_name, tuple(overrides)))) from error
     choices = dict(cfg.hydra.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    return from_hydra(cfg, tuple(overrides), choices)
+    return from_hydra(cfg, Origin(config_name, tuple(overrides), choices))
 
 
-def from_hydra(cfg: Any, overrides: tuple[str, ...] = (), choices: dict[str, str] | None = None) -> Config:
+def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (frozen)
     """Composed OmegaConf -> `Config`.
 
     The plain container is merged back into the schema, so that a key that slipped past Hydra (`+key=value`, a YAML
@@ -85,28 +94,28 @@ def from_hydra(cfg: Any, overrides: tuple[str, ...] = (), choices: dict[str, str
             raise ValueError(f"{missing[0]} has no value: add {missing[0]}=... to the command line")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(_explain_key(error, overrides, choices or {})) from error
+        raise ValueError(_explain_key(error, origin)) from error
     check(config)
     return config
 
 
-def _with_its_model(cfg: Any, overrides: tuple[str, ...], choices: dict[str, str], read_model: ReadModel) -> Any:
+def _with_its_model(cfg: Any, origin: Origin, read_model: ReadModel) -> Any:
     """A run that starts from another one has the model of that one, with what the command line says about it.
 
     Other runs take the vocabulary of their tokenizer, not the one a preset was published with.
     """
     if not cfg.init:
-        said = _source("model.vocab_size", overrides, choices)
+        said = _source("model.vocab_size", origin)
         if not said.startswith(("the command line", "conf/experiment")):
             cfg.model.vocab_size = 0
         return cfg
-    if any(override.lstrip("+").startswith("model=") for override in overrides):
+    if any(override.lstrip("+").startswith("model=") for override in origin.overrides):
         raise ValueError(f"init={cfg.init} brings its own model: leave model=... out")
     name = "" if OmegaConf.is_missing(cfg.run, "name") else str(cfg.run.name)
     own = Path(cfg.run.root) / name / "config.yaml"  # a run that began before needs `init` no more
     before = read(own) if own.is_file() else None
     brought = asdict(before.model) if before and before.init == cfg.init else read_model(cfg.init)
-    for override in overrides:
+    for override in origin.overrides:
         section, _, key = override.lstrip("+").partition("=")[0].partition(".")
         if section == "model" and key in brought:
             brought[key] = cfg.model[key]
@@ -129,18 +138,18 @@ def _schema() -> Any:
     return schema
 
 
-def _explain(error: HydraException, overrides: list[str]) -> str:
+def _explain(error: HydraException, origin: Origin) -> str:
     """Hydra's own refusal (an override, a group's choice) in one clear message."""
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return _explain_key(cause, tuple(overrides), {})
+        return _explain_key(cause, origin)
     text = str(error).partition("Config search path:")[0].strip()
     return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
 
 
-def _explain_key(error: OmegaConfBaseException, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
+def _explain_key(error: OmegaConfBaseException, origin: Origin) -> str:
     key = str(error.full_key)
-    where = _origin(key, overrides, choices)
+    where = f"(from {_source(key, origin)})"
     known = _schema_keys(Config)
     if key not in known:
         last = key.rpartition(".")[2]
@@ -150,21 +159,18 @@ def _explain_key(error: OmegaConfBaseException, overrides: tuple[str, ...], choi
     return f"{key} {where}: {str(error.msg or error).splitlines()[0]}"
 
 
-def _origin(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
+def _source(key: str, origin: Origin) -> str:
     """The override or the YAML file that a key came from, for messages."""
-    return f"(from {_source(key, overrides, choices)})"
-
-
-def _source(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> str:
-    for override in overrides:
-        name = override.lstrip("+~").partition("=")[0]
-        if name and name not in choices and (key == name or key.startswith(name + ".")):
-            return f"the command line: {override}"
+    choices = origin.choices
+    said = {override.lstrip("+~").partition("=")[0]: override for override in origin.overrides}
+    fitting = [name for name in said if name and name not in choices and f"{key}.".startswith(f"{name}.")]
+    if fitting:
+        return f"the command line: {said[max(fitting, key=len)]}"
     parts = key.split(".")
     candidates = [("experiment/" + choices["experiment"], parts)] if choices.get("experiment") else []
     if choices.get(parts[0]):
         candidates.append((f"{parts[0]}/{choices[parts[0]]}", parts[1:]))
-    for name, path in [*candidates, ("pretrain", parts)]:
+    for name, path in [*candidates, (origin.config_name, parts)]:
         file = conf_folder() / f"{name}.yaml"
         node = yaml.safe_load(file.read_text()) if file.is_file() else None
         for part in path:
@@ -176,8 +182,9 @@ def _source(key: str, overrides: tuple[str, ...], choices: dict[str, str]) -> st
 
 def _schema_keys(section: type, prefix: str = "") -> list[str]:
     keys = []
-    for field in fields(section):
-        keys.append(prefix + field.name)
-        if is_dataclass(field.type):
-            keys += _schema_keys(field.type, f"{prefix}{field.name}.")
+    for each in fields(section):
+        keys.append(prefix + each.name)
+        kind = next(filter(is_dataclass, get_args(each.type)), each.type)  # Optional[Section]
+        if is_dataclass(kind):
+            keys += _schema_keys(kind, f"{prefix}{each.name}.")
     return keys

@@ -3,6 +3,7 @@
 `conf/` holds every default, so the dataclasses have none.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -35,9 +36,13 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and precision. Batch sizes count samples of `seq_len` tokens, `save_every`, `eval_every` steps."""
+    """Length, batch and precision. Batch sizes count samples of `seq_len` tokens, `save_every`, `eval_every` steps.
+
+    `steps` of 0 means: as many as `epochs` passes over the data take (`with_steps`).
+    """
 
     steps: int
+    epochs: float
     global_batch_size: int
     micro_batch_size: int
     seq_len: int
@@ -89,9 +94,14 @@ class ModelConfig:
     ffn_bias: bool
     tied_embeddings: bool
     head: str
+    labels: int
+    pooling: str
     head_transform: bool
     head_bias: bool
     logit_softcap: float
+    lora_rank: int
+    lora_alpha: float
+    lora_on: str
     dropout: float
     attention: str
     init: str
@@ -180,8 +190,55 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What a fine-tuned model is to do, and the columns of its examples; conf/task/ says which keys a task reads."""
+
+    name: str
+    text: str
+    text_pair: Optional[str]  # noqa: UP045
+    label: str
+    labels: Optional[list[str]]  # noqa: UP045
+    multi_label: bool
+    class_weights: str
+    tokens: str
+    tags: str
+    question: str
+    context: str
+    answers: str
+    unanswerable: Optional[bool]  # noqa: UP045
+    stride: int
+    max_answer_tokens: int
+    query: str
+    document: str
+    score: str
+    temperature: float
+    prompt: str
+    response: str
+    messages: str
+    template: Optional[str]  # noqa: UP045
+    figures: str
+    generate_samples: int
+    max_new_tokens: int
+    drop_bad: bool
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Which weights a fine-tuning run changes, how fast in which layer, and which checkpoint is the best."""
+
+    method: str
+    last_layers: int
+    lora_rank: int
+    lora_alpha: float
+    lora_on: str
+    layer_lr_decay: float
+    best: Optional[str]  # noqa: UP045
+    early_stopping: int
+
+
+@dataclass(frozen=True)
 class Config:
-    """A whole run. Each module takes its own section, never all of it."""
+    """A whole run. Each module takes its own section, never all of it. Pretraining has no `task` and no `tuning`."""
 
     seed: int
     resume: str
@@ -196,11 +253,18 @@ class Config:
     deepspeed: DeepSpeedConfig
     log: LogConfig
     guard: GuardConfig
+    task: Optional[TaskConfig] = None  # noqa: UP045
+    tuning: Optional[TuningConfig] = None  # noqa: UP045
 
 
 # A change of these makes another run; of anything else, the same run under other conditions.
-UNSAFE_TO_CHANGE = ("seed", "init", "data.packing", "data.document_mask", "model", "objective", "optim.name")
-SAFE_TO_CHANGE = ("model.attention",)  # another kernel for the same formula
+UNSAFE_TO_CHANGE = (
+    "seed", "init", "data.packing", "data.document_mask", "model", "objective", "optim.name", "task", "tuning",
+)  # fmt: skip
+SAFE_TO_CHANGE = (
+    "model.attention",  # another kernel for the same formula
+    "task.generate_samples", "task.max_new_tokens", "tuning.early_stopping",
+)  # fmt: skip
 
 
 def to_yaml(config: Config) -> str:
@@ -223,12 +287,12 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """The changed keys as `key: old -> new`: (those that a run can be continued with, those that it can not)."""
     before, after = flatten(old), flatten(new)
-    changed = [key for key in after if before[key] != after[key] and not key.startswith(("run.", "resume"))]
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(("run.", "resume"))]
     unsafe = [
         key for key in changed
         if key not in SAFE_TO_CHANGE and any(key == name or key.startswith(name + ".") for name in UNSAFE_TO_CHANGE)
     ]  # fmt: skip
-    lines = {key: f"{key}: {before[key]} -> {after[key]}" for key in changed}
+    lines = {key: f"{key}: {before.get(key)} -> {after[key]}" for key in changed}
     return [lines[key] for key in changed if key not in unsafe], [lines[key] for key in unsafe]
 
 
@@ -247,6 +311,13 @@ def at_step(train: TrainConfig, step: int) -> TrainConfig:
     return replace(
         train, seq_len=now.seq_len, global_batch_size=now.global_batch_size, micro_batch_size=now.micro_batch_size
     )
+
+
+def with_steps(train: TrainConfig, epoch_samples: int) -> TrainConfig:
+    """The settings with the steps that `epochs` passes over `epoch_samples` samples take, where `steps` is open."""
+    if train.steps:
+        return train
+    return replace(train, steps=max(1, math.ceil(train.epochs * epoch_samples / train.global_batch_size)))
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

@@ -21,6 +21,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 
 from pretrain import optim
 from pretrain.config import DeepSpeedConfig, OptimConfig
+from pretrain.data.order import hash_key
 from pretrain.dist import Ranks, all_reduce_sum
 
 # DeepSpeed calls collectives by names that torch is renaming: nothing a user can act on.
@@ -31,19 +32,23 @@ EXTRA_KEYS = (
     "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler",
 )  # fmt: skip
-MicroBatch = tuple[torch.Tensor, ...]  # inputs, labels and, where they are to be kept apart, documents; [b, T] each
+MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
 LossRows = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """`values` (fp32, 1-D, a view that training uses) is [offset, offset + numel) of the flat parameter `name`."""
+    """`values` (1-D, a view that training uses) is [offset, offset + numel) of the flat parameter `name`.
+
+    fp32; a weight that does not learn is kept in the precision it is computed with. `is_shared`: all ranks hold it.
+    """
 
     name: str
     kind: str
     offset: int
     shape: tuple[int, ...]
     values: torch.Tensor
+    is_shared: bool = False
 
 
 def deepspeed_config(
@@ -87,8 +92,15 @@ class Engine:
     def __init__(
         self, build_model: Callable[[], torch.nn.Module], loss_rows: LossRows, settings: dict,
         optim_config: OptimConfig, ranks: Ranks, device: torch.device,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
     ):  # fmt: skip
-        """`settings` is `deepspeed_config(...)`; `loss_rows(model, *micro_batch)` gives each row's summed loss."""
+        """`settings` is `deepspeed_config(...)`; `loss_rows(model, **micro_batch)` gives each row's summed loss.
+
+        Parameters without `requires_grad` do not learn; `lr_scale(name)` multiplies the learning rate of the others. A
+        `loss_rows.across(run, micro_batches)`, where there is one, is called first, for losses between the rows of the
+        whole batch: it gives the micro-batches to use, and `run(number, function)` computes `function(model,
+        **micro_batches[number])` without gradients.
+        """
         deepspeed_logger.setLevel("ERROR")
         # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -98,7 +110,7 @@ class Engine:
         sharded = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else nullcontext()
         with sharded:
             model = build_model()
-        groups = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay)
+        groups = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay, lr_scale)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optim.build(optim_config, groups), config=settings
         )
@@ -111,23 +123,31 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
         self.state_kinds = optim.STATE_KINDS[optim_config.name]
 
-    def step(self, micro_batches: list[MicroBatch], targets: int, lr: float) -> tuple[float, float]:
+    def step(self, micro_batches: list[MicroBatch], targets: int, lr: float, seed: int = 0) -> tuple[float, float]:
         """One update from this rank's micro-batches, any number of them, of a global batch with `targets` target
         tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
 
         The gradient is that of the mean over all targets of the global batch, however it is split: DeepSpeed averages
         over the ranks, so each row's sum is scaled by ranks / targets. A batch may happen to have none: its loss is 0.
+        Dropout is a function of (`seed`, rank, micro-batch).
         """
         targets = max(targets, 1)
         for group in self.torch_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.engine.train()
+
+        def forward(number: int, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+            torch.manual_seed(hash_key(seed, self.rank, number) >> 1)
+            return function(self.engine, **micro_batches[number])
+
+        if across := getattr(self.loss_rows, "across", None):
+            micro_batches = across(torch.no_grad()(forward), micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = None
-        for index, micro_batch in enumerate(micro_batches):
+        for index in range(len(micro_batches)):
             is_last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would count to a fixed number
-            loss_sum = self.loss_rows(self.engine, *micro_batch).sum()
+            loss_sum = forward(index, self.loss_rows).sum()
             total += loss_sum.detach()
             self.engine.backward(loss_sum * (self.world_size / targets), scale_wrt_gas=False)
             if is_last and self._is_plain():
@@ -137,23 +157,24 @@ class Engine:
         return all_reduce_sum(total.cpu()).item() / targets, float(norm)
 
     @torch.no_grad()
-    def evaluate(self, score_rows: LossRows, *micro_batch: torch.Tensor) -> torch.Tensor:
-        """What `score_rows(model, *micro_batch)` says of each row [b, ...], fp64 on the CPU.
+    def evaluate(self, score_rows: LossRows, **micro_batch: torch.Tensor) -> torch.Tensor:
+        """What `score_rows(model, **micro_batch)` says of each row [b, ...], fp64 on the CPU.
 
         Under ZeRO-3 every rank must call it equally often.
         """
         self.engine.eval()
-        return score_rows(self.engine, *micro_batch).double().cpu()
+        return score_rows(self.engine, **micro_batch).double().cpu()
 
     def fragments(self) -> Iterator[Fragment]:
-        """All that this rank owns: together the ranks own every element exactly once (stage 0: all of it, each)."""
+        """All that this rank owns: together the ranks own every element exactly once, or each of them all of it."""
         walk = {1: self._fragments_of_partition, 2: self._fragments_of_partition, 3: self._fragments_of_stage3}
         for name, parameter in self.parameters.items():
-            yield from walk.get(self.stage, self._fragments_of_copy)(name, parameter)
+            learning = walk.get(self.stage, self._fragments_of_copy)
+            yield from (learning if parameter.requires_grad else self._fragments_of_frozen)(name, parameter)
 
     def fragments_to_save(self) -> Iterator[Fragment]:
-        """The fragments of which this rank is the one to write: at stage 0, where all own all, rank 0's."""
-        return self.fragments() if self.stage or self.rank == 0 else iter(())
+        """The fragments of which this rank is the one to write: what all hold is rank 0's."""
+        return (fragment for fragment in self.fragments() if self.rank == 0 or not fragment.is_shared)
 
     @property
     def optimizer_steps(self) -> int:
@@ -204,9 +225,17 @@ class Engine:
     def _fragments_of_copy(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
         full = parameter if self._is_plain() else self._copies()[id(parameter)][1]
         shape = tuple(parameter.shape)
-        yield Fragment(name, WEIGHT, 0, shape, full.data.view(-1))
+        yield Fragment(name, WEIGHT, 0, shape, full.data.view(-1), is_shared=True)
         for kind in self.state_kinds:
-            yield Fragment(name, kind, 0, shape, self._states[id(full)][kind].view(-1))
+            yield Fragment(name, kind, 0, shape, self._states[id(full)][kind].view(-1), is_shared=True)
+
+    def _fragments_of_frozen(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
+        if self.stage < 3:
+            yield Fragment(name, WEIGHT, 0, tuple(parameter.shape), parameter.data.view(-1), is_shared=True)
+            return
+        offset, owned = self._partition_of(parameter)
+        if owned:
+            yield Fragment(name, WEIGHT, offset, tuple(parameter.ds_shape), parameter.ds_tensor.data[:owned])
 
     def _fragments_of_partition(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
         mapping = parameter._hp_mapping
@@ -218,12 +247,16 @@ class Engine:
             yield Fragment(name, kind, offset, shape, mapping.get_hp_fragment(kind))
 
     def _fragments_of_stage3(self, name: str, parameter: torch.nn.Parameter) -> Iterator[Fragment]:
-        width = parameter.ds_tensor.ds_numel  # the same on every rank: the last one's is padded
-        offset = self.rank * width
-        owned = max(0, min(width, parameter.ds_numel - offset))
+        offset, owned = self._partition_of(parameter)
         if not owned:
             return
         shape = tuple(parameter.ds_shape)
         yield Fragment(name, WEIGHT, offset, shape, safe_get_local_fp32_param(parameter).data[:owned])
         for kind in self.state_kinds:
             yield Fragment(name, kind, offset, shape, safe_get_local_optimizer_state(parameter, kind)[:owned])
+
+    def _partition_of(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
+        """Stage 3: where this rank's part of a flat parameter begins, and how long it is."""
+        width = parameter.ds_tensor.ds_numel  # the same on every rank: the last one's is padded
+        offset = self.rank * width
+        return offset, max(0, min(width, parameter.ds_numel - offset))

@@ -1,7 +1,10 @@
 """Validation loss, and bits per byte or accuracy, the same for every number of ranks."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,9 +12,77 @@ import torch
 from pretrain.data.objectives import IGNORE, MaskedLM, batch_of
 from pretrain.data.stream import Stream
 from pretrain.dist import Ranks, all_gather_tensor
+from pretrain.files import write_atomically
 from pretrain.model.losses import loss_rows, score_rows
 
 Evaluate = Callable[..., torch.Tensor]
+LESS_IS_BETTER = ("val_loss", "val_bits_per_byte")
+
+
+class Evaluation(Protocol):
+    """What the loop does with held-out data. `details`: what it said of each example, `facts`: what a figure cannot say
+    (a confusion table), both of the last time.
+    """
+
+    details: list[dict]
+    facts: dict
+
+    def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
+        """The figures, called `val_...`; on all ranks. `evaluate(function, **batch)` gives what `function(model,
+        **batch)` says, fp64 on the CPU.
+        """
+
+
+class Best:
+    """The best evaluation of a run so far, by one of its figures: a function of the run's journal.
+
+    It is kept in the run's result.json, and what it said of each example in predictions.jsonl.
+    """
+
+    def __init__(self, metric: str, patience: int, journal: Iterable[dict], folder: Path | None):
+        """`patience`: after how many evaluations without a better one a run is over; 0: never. `folder`: the run's, on
+        the rank that writes.
+        """
+        self.metric, self._patience, self._folder = metric, patience, folder
+        self.row: dict = {}
+        self._since = 0
+        for row in journal:
+            self._note(row)
+
+    @property
+    def step(self) -> int | None:
+        return self.row.get("step")
+
+    def offer(self, row: dict, evaluation: Evaluation) -> bool:
+        """Take note of an evaluation; whether it is the best one."""
+        if is_best := self._note(row):
+            self._write(evaluation)
+        return is_best
+
+    @property
+    def is_over(self) -> str | None:
+        """Why the run should end now, or None."""
+        if not self._patience or self._since < self._patience:
+            return None
+        return f"no better {self.metric} in {self._since} evaluations"
+
+    def _note(self, row: dict) -> bool:
+        sign = -1 if self.metric in LESS_IS_BETTER else 1
+        value, before = row.get(self.metric), self.row.get(self.metric)
+        is_best = value is not None and math.isfinite(value) and (before is None or sign * value > sign * before)
+        self._since = 0 if is_best else self._since + 1
+        if is_best:
+            self.row = row
+        return is_best
+
+    def _write(self, evaluation: Evaluation) -> None:
+        if self._folder is None:
+            return
+        figures = {name: value for name, value in self.row.items() if name.startswith("val_")}
+        result = {"metric": self.metric, "best": self.row[self.metric], "step": self.step, "figures": figures}
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.details)
+        write_atomically(self._folder / "predictions.jsonl", "".join(lines).encode())
+        write_atomically(self._folder / "result.json", json.dumps(result | evaluation.facts, indent=1).encode())
 
 
 class Validation:
@@ -34,7 +105,7 @@ class Validation:
         self.micro_batch_size = micro_batch_size
 
     def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
-        """`evaluate(score_rows, *batch)` gives what `losses.loss_rows` or `score_rows` says of the model and a `batch`
+        """`evaluate(score_rows, **batch)` gives what `losses.loss_rows` or `score_rows` says of the model and a `batch`
         as `objectives.batch_of` makes it. On all ranks; each takes rows r::w.
 
         Sums are gathered a row at a time and added in the order of the windows, so the split leaves no trace.
@@ -46,10 +117,11 @@ class Validation:
         for start in range(0, each, self.micro_batch_size):
             mine = places[start : start + self.micro_batch_size]
             batch = batch_of(self.objective, self.stream.rows(self.windows[np.minimum(mine, count - 1)]))
-            labels = batch[1]
+            labels = batch["labels"]
             labels[mine >= count] = IGNORE  # padding: every rank computes equally often, as ZeRO-3 needs
             facts = torch.from_numpy(np.stack([(labels != IGNORE).sum(1), self._text_bytes(labels)], 1))
-            scores = evaluate(self.score_rows, *(torch.from_numpy(part).to(device) for part in batch))
+            tensors = {name: torch.from_numpy(part).to(device) for name, part in batch.items()}
+            scores = evaluate(self.score_rows, **tensors)
             rows = torch.cat([facts.double(), scores.double().view(len(mine), -1)], 1)
             sums[start : start + len(mine), : rows.shape[1]] = rows
         in_order = all_gather_tensor(sums).transpose(0, 1).flatten(0, 1)[:count]

@@ -154,9 +154,9 @@ class _Console:
         if not self.enabled:
             return
         if row.get("val_loss") is not None:
-            forms = {"val_bits_per_byte": ", {:.4f} bits per byte", "val_accuracy": ", {:.1%} of masked tokens right"}
-            more = "".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
-            self.say(f"step {row['step']:,}: validation loss {row['val_loss']:.4f}{more}")
+            figures = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+            told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+            self.say(f"step {row['step']:,}: validation {told}")
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(row), refresh=False)
             self._bar.update(row["step"] - self._bar.n)

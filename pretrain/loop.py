@@ -8,65 +8,73 @@ import torch
 
 from pretrain import checkpoint, optim
 from pretrain.config import Config, at_step
-from pretrain.data.objectives import IGNORE, batch_of
-from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
+from pretrain.data.objectives import IGNORE
+from pretrain.data.order import hash_key
+from pretrain.data.stream import Rows, Stream, batch_hash
+from pretrain.data.tasks import ExampleRows, ExampleStream
 from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor
 from pretrain.engine import Engine, MicroBatch
-from pretrain.evaluate import Validation
+from pretrain.evaluate import Best, Evaluation
 from pretrain.guard import Guard
 from pretrain.log import Log
 
 
 def train_loop(
-    config: Config, engine: Engine, stream: Stream, objective: Callable, validation: Validation | None,
-    checkpoints: checkpoint.Checkpoints, guard: Guard, log: Log, ranks: Ranks, model_facts: dict, start_step: int,
+    config: Config, engine: Engine, stream: Stream | ExampleStream, collate: Callable, validation: Evaluation | None,
+    best: Best | None, checkpoints: checkpoint.Checkpoints, guard: Guard, log: Log, ranks: Ranks, model_facts: dict,
+    start_step: int,
 ) -> int:  # fmt: skip
-    """Train from `start_step` to `config.train.steps` or to a stop signal; returns the last step, which is saved.
+    """Train from `start_step` to `config.train.steps`, to a stop signal, or until nothing got better for long enough;
+    returns the last step, which is saved.
 
-    `model_facts`: the model's config with its vocabulary (kept in checkpoints), its FLOPs a token at a sequence length,
-    the ranks' peak FLOPs a second.
+    `collate(rows)` makes a batch of rows, {name: array of as many rows}. `model_facts`: the model's config with its
+    vocabulary (kept in checkpoints), its FLOPs a token at a sequence length, the ranks' peak FLOPs a second.
     Raises `FloatingPointError` when the guard ends the run.
     """
     batches, told = stream.batches(start_step), stream.quarantine
-    step, stopped = start_step, None
+    step, stopped = start_step, best.is_over if best else None
     while step < config.train.steps and not stopped:
         train = at_step(config.train, step)
         started = time.perf_counter()
         rows = next(batches)
-        batch = batch_of(objective, rows)
-        targets, hashed = agree_on_batch(rows, labels=batch[1])
+        parts = [collate(part) for part in split(rows, train.micro_batch_size)]
+        targets, hashed = agree_on_batch(rows, [part["labels"] for part in parts])
         lr = optim.learning_rate(step, train.steps, config.optim.lr, config.schedule)
-        parts = micro_batches(batch, train.micro_batch_size, engine.device)
-        loss, grad_norm = engine.step(list(parts), targets, lr)
+        seed = hash_key(config.seed, step)
+        loss, grad_norm = engine.step([on_device(part, engine.device) for part in parts], targets, lr, seed)
+        before, (_, tokens) = stream.progress(step)[1], stream.progress(step + 1)
         step += 1
         if problem := guard.problem(step, loss, grad_norm):
             checkpoints.wait()
             log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)
             raise FloatingPointError(problem)
-        seconds = time.perf_counter() - started
-        speed = train.global_batch_size * train.seq_len / seconds
-        flops = speed * model_facts["flops_per_token"](train.seq_len)
-        row = {
-            "step": step, "tokens": stream.progress(step)[1], "loss": loss, "lr": lr, "grad_norm": grad_norm,
-            "tokens_per_second": speed, "step_seconds": seconds, "mfu": flops / model_facts["peak_flops"],
-            "batch_hash": hashed,
-        }  # fmt: skip
-        stopped = guard.agreed_stop()
+        row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm, "batch_hash": hashed}
+        row |= speed(tokens - before, time.perf_counter() - started, train.global_batch_size, model_facts)
+        stopped, is_best = guard.agreed_stop(), False
         if validation and not stopped and due(step, train.eval_every, train.steps):
             row |= validation.run(engine.evaluate, ranks, engine.device)
+            is_best = best is not None and best.offer(row, validation)
+            stopped = best.is_over if best else None
         log.row(row)
         checkpoints.poll()
-        if stopped or due(step, train.save_every, train.steps):
+        if stopped or is_best or due(step, train.save_every, train.steps):
             state = agree_on_state(stream, step, told, log)
             header = checkpoint.Header(step, config.optim.name, engine.optimizer_steps, state, model_facts["model"])
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
-            checkpoints.save(header, engine.fragments_to_save())
+            checkpoints.save(header, engine.fragments_to_save(), best.step if best else None)
     batches.close()
     if not checkpoints.wait():
         raise OSError(f"the checkpoint of step {step} could not be written; events.jsonl says why")
     if stopped:
-        log.event("stopped", signal=stopped, step=step)
+        log.event("stopped", reason=stopped, step=step)
     return step
+
+
+def speed(tokens: int, seconds: float, samples: int, model_facts: dict) -> dict[str, float]:
+    """How fast a step was: tokens a second, and the share of the peak that the model's FLOPs are (MFU)."""
+    flops = tokens * model_facts["flops_per_token"](tokens / samples)
+    mfu = flops / seconds / model_facts["peak_flops"]
+    return {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "mfu": mfu}
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -74,13 +82,17 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def micro_batches(batch: tuple[np.ndarray, ...], size: int, device: torch.device) -> Iterator[MicroBatch]:
-    """This rank's rows, `size` at a time, on its device."""
-    for start in range(0, len(batch[0]), size):
-        yield tuple(torch.from_numpy(column[start : start + size]).to(device) for column in batch)
+def split(rows: Rows | ExampleRows, size: int) -> Iterator[Rows | ExampleRows]:
+    """This rank's rows, `size` at a time."""
+    count = len(rows.sample_numbers)
+    return (rows.part(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def agree_on_state(stream: Stream, step: int, told: set, log: Log) -> dict:
+def on_device(batch: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
+    return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
+
+
+def agree_on_state(stream: Stream | ExampleStream, step: int, told: set, log: Log) -> dict:
     """The stream's state after `step` steps, with what any rank has put in quarantine; what is new becomes an event."""
     found = set().union(*all_gather_objects(stream.quarantine))
     for place in sorted(found - told):
@@ -90,10 +102,10 @@ def agree_on_state(stream: Stream, step: int, told: set, log: Log) -> dict:
     return stream.state(step)
 
 
-def agree_on_batch(rows: Rows, labels: np.ndarray) -> tuple[int, str]:
-    """(target tokens of the global batch, its hash in global order), the same on every rank, by one small gather."""
-    digests = row_digests(rows).view(np.int64)
-    mine = torch.from_numpy(np.column_stack([digests, (labels != IGNORE).sum(1)]))
+def agree_on_batch(rows: Rows | ExampleRows, labels: list[np.ndarray]) -> tuple[int, str]:
+    """(targets of the global batch, its hash in global order), the same on every rank, by one small gather."""
+    counts = np.concatenate([(part != IGNORE).reshape(len(part), -1).sum(1) for part in labels])
+    mine = torch.from_numpy(np.column_stack([rows.digests().view(np.int64), counts]))
     everything = all_gather_tensor(mine).transpose(0, 1).flatten(0, 1).numpy()  # rank r holds rows r::w
     hashed = batch_hash(np.ascontiguousarray(everything[:, :2]).view(np.uint8))
     return int(everything[:, 2].sum()), hashed

@@ -1,7 +1,7 @@
 """Optimizers over parameter groups, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,14 +11,24 @@ from pretrain.config import OptimConfig, ScheduleConfig
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq")}
 
 
-def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Matrices decay; vectors (norms, biases) and position tables do not."""
-    decayed, others = [], []
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict]:  # fmt: skip
+    """Of those that learn, matrices decay; vectors (norms, biases) and position tables do not. `lr_scale` of each
+    group multiplies the learning rate.
+    """
+    groups: dict[tuple[bool, float], list] = {}
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the tensor and keeps its shape here
-        (decayed if len(shape) >= 2 and "positions" not in name else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        decays = len(shape) >= 2 and "positions" not in name
+        groups.setdefault((not decays, lr_scale(name)), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else weight_decay, "lr_scale": key[1]}
+        for key in sorted(groups)
+    ]
 
 
 def _adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:

@@ -8,93 +8,22 @@ command continues the run.
 
 import functools
 import json
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from pretrain import checkpoint, checks, compose, config, dist, engine, generate, hardware, loop, report
-from pretrain.config import Config, ModelConfig
+from pretrain import checkpoint, checks, config, dist, engine, entry, generate
+from pretrain.config import Config
 from pretrain.data import opening
-from pretrain.data.objectives import make_objective
-from pretrain.data.stream import DataError, Stream
+from pretrain.data.objectives import batch_of, make_objective
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.evaluate import Validation
-from pretrain.files import write_atomically
-from pretrain.guard import Guard
-from pretrain.log import Log
-from pretrain.model.heads import build_model, parameter_shapes
-from pretrain.model.initial import initial_value
+from pretrain.evaluate import Best, Validation
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that passed every check: its config, the model with its vocabulary, the data, opened."""
-
-    config: Config
-    model: ModelConfig
-    tokenizer: Tokenizer
-    stream: Stream
-    objective: Callable
-    validation: Validation | None
-    identity: dict
-    changes: tuple[str, ...]
-    new_parameters: tuple[str, ...]
-
-
-def main() -> None:
-    """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
-    ranks = dist.from_environment()
-    check_only = "--check" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--check"]
-    plan, mistake = None, None
-    try:
-        cfg = compose.from_command_line("pretrain", model_of)
-        if cfg is None:
-            return
-        plan = make_plan(cfg, ranks)
-    except (ValueError, OSError) as error:
-        mistake = str(error)
-    if check_only:
-        refuse([mistake] if mistake else [], ranks)
-        return
-    device = dist.start(ranks)
-    refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
-    try:
-        run(plan, ranks, device)
-    except FloatingPointError as error:  # on all ranks
-        if ranks.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        dist.finish(1)
-    except DataError as error:  # on the rank that met it
-        print(f"error: {error}", file=sys.stderr)
-        dist.finish(1)
-    except BaseException:
-        traceback.print_exc()
-        dist.finish(1)
-    dist.finish(0)
-
-
-def model_of(init: str) -> dict:
-    """The model of a run, or of one of its checkpoints, as the keys of a config."""
-    return asdict(checkpoint.Weights(Path(init)).config)
-
-
-def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
-    """End all ranks with one message when any of them found a mistake."""
-    if mistakes:
-        if ranks.is_main:
-            print(f"error: {mistakes[0]}", file=sys.stderr)
-        dist.finish(2)
-
-
-def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
+def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
     for phase in config.phases(cfg.train):
         config.accumulation_steps(config.at_step(cfg.train, phase.from_step), ranks.world_size)
@@ -102,37 +31,41 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     sources = opening.open_sources(cfg.data)
     tokenizer = opening.open_tokenizer(cfg.data, sources)
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, sources, ranks.rank, ranks.world_size)
+    cfg = replace(cfg, train=config.with_steps(cfg.train, stream.epoch_samples))
     needed = tokenizer.vocab_size
     if 0 < cfg.model.vocab_size < needed:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
     model = replace(cfg.model, vocab_size=cfg.model.vocab_size or needed)
     checks.check_objective(cfg.objective, model)
     objective = make_objective(cfg.objective, tokenizer, cfg.seed)
-    validation = open_validation(cfg, tokenizer, objective)
-    begins = not checkpoint.committed(cfg.run.folder / "checkpoints")
-    new = check_initial_weights(cfg, model, tokenizer, ranks) if cfg.init and begins else ()
+    sparse = cfg.objective.name == "masked_lm"
+    starts_from_another = cfg.init and entry.begins(cfg)
+    if starts_from_another:
+        check_tokenizer(cfg.init, tokenizer)
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
-    changes = check_run_folder(cfg, identity) if ranks.is_main else ()
-    return Plan(cfg, model, tokenizer, stream, objective, validation, identity, changes, new)
+    return entry.Plan(
+        config=cfg, model=model, tokenizer=tokenizer, stream=stream,
+        collate=functools.partial(batch_of, objective),
+        loss_rows=functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse),
+        validation=open_validation(cfg, tokenizer, objective),
+        flops_per_token=functools.partial(
+            flops_per_token, model, predicted=cfg.objective.mask_rate if sparse else 1.0
+        ),
+        identity=identity,
+        changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
+        new_parameters=entry.check_initial_weights(cfg, model, ranks) if starts_from_another else (),
+        at_end=write_sample, files={},
+    )  # fmt: skip
 
 
-def check_initial_weights(
-    cfg: Config, model: ModelConfig, tokenizer: Tokenizer, ranks: dist.Ranks
-) -> tuple[str, ...]:
-    """Judge whether `init` can start this run; returns the parameters of its head that `init` does not have."""
-    weights, shapes = checkpoint.Weights(Path(cfg.init)), parameter_shapes(model)
-    checkpoint.verify(weights.checkpoint, ranks)
-    for name, shape in shapes.items():
-        found = weights.shapes.get(name)
-        if found is None and name.startswith("trunk.") or found not in (None, shape):
-            raise ValueError(f"init={cfg.init}: {name} has shape {found} there and {shape} in this model")
-    theirs = load_tokenizer(checkpoint.run_of(Path(cfg.init)))
-    if theirs.sha256 != tokenizer.sha256:
+def check_tokenizer(init: str, tokenizer: Tokenizer) -> None:
+    """Weights and shards must speak of the same ids."""
+    theirs = checkpoint.run_of(Path(init))
+    if load_tokenizer(theirs).sha256 != tokenizer.sha256:
         raise ValueError(
-            f"init={cfg.init} has another tokenizer than the shards of data.train: write them with its own "
-            f"(tools/write_shards.py --tokenizer {checkpoint.run_of(Path(cfg.init))})"
+            f"init={init} has another tokenizer than the shards of data.train: write them with its own "
+            f"(tools/write_shards.py --tokenizer {theirs})"
         )
-    return tuple(name for name in shapes if name not in weights.shapes)
 
 
 def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> Validation | None:
@@ -144,126 +77,10 @@ def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> V
     return Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
 
 
-def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
-    """Refuse a folder that holds another run; else the settings that changed and that the run can go on with."""
-    folder = cfg.run.folder
-    if not folder.exists() or not any(folder.iterdir()):
-        return ()
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} exists and is not a run: choose another run.name")
-    if cfg.resume == "never":
-        raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
-    safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
-    data_file = folder / "data.json"
-    before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
-    changed = [key for key, value in identity.items() if before[key] != value]
-    unsafe += [f"data ({key}): {before[key][:12]} -> {identity[key][:12]}" for key in changed]
-    if unsafe:
-        changes = "; ".join(unsafe)
-        raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
-    return tuple(safe)
-
-
-def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
-    """A checked run on this rank, from its last checkpoint or its first step to the last."""
-    cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard)
-    precision = hardware.resolve_precision(cfg.train.precision, device)
-    if ranks.is_main:
-        print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
-              "measuring the peak and building the model", flush=True)  # fmt: skip
-        if plan.changes:
-            print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
-        write_run_folder(plan)
-    peak, peak_source = hardware.peak_flops(device, precision)
-    trainer = build_engine(plan, precision, ranks, device)
-    rejected: list[dict] = []
-    found = checkpoint.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
-    start_step = start_from(found, trainer, plan)
-    log = Log(cfg.log, folder, cfg.train.steps, asdict(cfg), start_step, ranks.is_main)
-    for facts in rejected:
-        log.event("checkpoint_rejected", **facts)
-    log.event(
-        "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
-        zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
-        peak_tflops=peak * ranks.world_size / 1e12,
-    )  # fmt: skip
-    if cfg.init and not found:
-        log.event("initialised", init=cfg.init, anew=list(plan.new_parameters))
-    for facts in plan.stream.summary(cfg.train.steps):
-        log.event("source", **facts)
-    for phase in plan.stream.phases[1:]:
-        log.event("phase", **asdict(phase))
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
-    predicted = cfg.objective.mask_rate if cfg.objective.name == "masked_lm" else 1.0
-    facts = {
-        "model": asdict(plan.model),
-        "flops_per_token": functools.partial(flops_per_token, plan.model, predicted=predicted),
-        "peak_flops": peak * ranks.world_size,
-    }
-    if start_step >= cfg.train.steps:
-        log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
-    step = loop.train_loop(
-        cfg, trainer, plan.stream, plan.objective, plan.validation, checkpoints, guard, log, ranks, facts, start_step
-    )
-    if ranks.is_main:
-        if start_step < step == cfg.train.steps:
-            write_sample(plan, step)
-        log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
-        log.close()
-
-
-def write_run_folder(plan: Plan) -> None:
-    """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
-    plan.config.run.folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
-        "data.json": json.dumps(plan.identity, indent=1).encode(),
-        plan.tokenizer.file_name: plan.tokenizer.file_bytes,
-        "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
-    }.items():
-        write_atomically(plan.config.run.folder / name, content)
-
-
-def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
-    """The model under DeepSpeed, with weights still to be filled in (`start_from`)."""
-    cfg, batch, micro = plan.config, plan.config.train.global_batch_size, plan.config.train.micro_batch_size
-    accumulation = config.accumulation_steps(cfg.train, ranks.world_size)
-    clip = cfg.optim.grad_clip
-    settings = engine.deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
-
-    def build() -> torch.nn.Module:
-        return build_model(plan.model, cfg.train.activation_checkpointing)
-
-    sparse = cfg.objective.name == "masked_lm"
-    loss = functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse)
-    return engine.Engine(build, loss, settings, cfg.optim, ranks, device)
-
-
-def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
-    """Fill the engine from a checkpoint, or from `init`, or with initial values; returns the steps done."""
-    if found is not None:
-        before = checkpoint.read_header(found)
-        plan.stream.resume(before.state, before.step)
-        header = checkpoint.load(found, trainer.fragments())
-        trainer.refresh(header.optimizer_steps)
-        return header.step
-    weights = checkpoint.Weights(Path(plan.config.init)) if plan.config.init else None
-    for fragment in trainer.fragments():
-        if fragment.kind != engine.WEIGHT:
-            continue
-        if weights and fragment.name in weights.shapes:
-            fragment.values.copy_(weights.read_range(fragment.name, fragment.offset, fragment.values.numel()))
-        else:
-            full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
-            fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
-    trainer.refresh(0)
-    return 0
-
-
-def write_sample(plan: Plan, step: int) -> None:
-    """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the run's samples."""
+def write_sample(plan: entry.Plan, step: int, best: Best | None) -> None:
+    """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the samples of a finished run."""
     settings = plan.config.log
-    if settings.sample_tokens == 0 or not plan.model.causal:
+    if settings.sample_tokens == 0 or not plan.model.causal or step < plan.config.train.steps:
         return
     model = checkpoint.load_model(plan.config.run.folder)
     text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
@@ -273,4 +90,4 @@ def write_sample(plan: Plan, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.main("pretrain", make_plan)

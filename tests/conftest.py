@@ -75,12 +75,12 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
 
 
-def command(ranks: int, *overrides: str) -> list[str]:
+def command(ranks: int, *overrides: str, module: str = "pretrain.train") -> list[str]:
     brings_model = any(override.startswith("init=") for override in overrides)
     tiny = TINY[1:] if brings_model else TINY
     if ranks == 1:
-        return [sys.executable, "-m", "pretrain.train", *tiny, *overrides]
-    return torchrun(ranks, "-m", "pretrain.train", *tiny, *overrides)
+        return [sys.executable, "-m", module, *tiny, *overrides]
+    return torchrun(ranks, "-m", module, *tiny, *overrides)
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +94,19 @@ def train(shards, environment, tmp_path_factory):
 
     run.root = root
     run.shards = shards
+    return run
+
+
+@pytest.fixture(scope="session")
+def finetune(environment, tmp_path_factory):
+    """Run the fine-tuner to its end; returns the completed process."""
+    root = tmp_path_factory.mktemp("tuned")
+
+    def run(ranks: int, *overrides: str, check=True) -> subprocess.CompletedProcess:
+        line = command(ranks, f"run.root={root}", *overrides, module="pretrain.finetune")
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
+
+    run.root = root
     return run
 
 

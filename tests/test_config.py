@@ -46,7 +46,9 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["optim.lr=[1]"], ["optim.lr"]),
         (["optim.lr=nan"], ["optim.lr", "finite"]),
         (["optim.lr=0"], ["optim.lr", "greater than 0"]),
-        (["train.steps=-1"], ["train.steps", "greater than 0"]),
+        (["train.steps=-1"], ["train.steps", "must not be negative"]),
+        (["train.steps=0"], ["train.steps=0", "train.epochs=0"]),
+        (["train.global_batch_size=0"], ["train.global_batch_size", "greater than 0"]),
         (["schedule.warmup_steps=-1"], ["schedule.warmup_steps", "negative"]),
         (["model.dropout=2"], ["model.dropout", "between 0 and 1"]),
         (["train.precision=fp23"], ["train.precision", "fp32"]),
@@ -99,7 +101,7 @@ def test_differences_tell_safe_changes_from_unsafe_ones():
 
 
 def test_conf_files_hold_every_default_of_the_schema():
-    flat = config.flatten(compose.compose("pretrain", ["run.name=x"]))
+    flat = config.flatten(compose.compose("finetune", ["run.name=x", "task=classification"]))
     documented = set()
     for file in CONF.rglob("*.yaml"):
         for key, value in (yaml.safe_load(file.read_text()) or {}).items():

@@ -40,8 +40,8 @@ def test_the_first_loss_is_that_of_the_model_it_starts_from(train, undisturbed, 
     first = journal(undisturbed)[0]["loss"]
     assert found < first - 0.5, "it must have learned something before"
     assert events(train.root / name, "initialised")[0]["anew"] == []
-    header = checkpoint.read_header(checkpoint.newest(train.root / name))
-    assert header.model == checkpoint.read_header(checkpoint.newest(undisturbed)).model and header.optimizer_steps == 1
+    header = checkpoint.read_header(checkpoint.to_use(train.root / name))
+    assert header.model == checkpoint.read_header(checkpoint.to_use(undisturbed)).model and header.optimizer_steps == 1
 
 
 def test_what_the_command_line_says_of_the_model_holds_and_a_missing_head_begins_anew(train, undisturbed, tmp_path):
@@ -89,7 +89,7 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(train, undisturbed, tmp
 
 def test_damaged_weights_are_refused(train, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "damaged")
-    newest = checkpoint.newest(tmp_path / "damaged")
+    newest = checkpoint.to_use(tmp_path / "damaged")
     file = next(newest.glob("rank-00001*"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1

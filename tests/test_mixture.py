@@ -11,7 +11,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import BLOCK, Mixture, Phase, consumed, open_phases, quotas
 from pretrain.data.order import Order, hash_key, splitmix64
 from pretrain.data.source import StreamOptions
-from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
+from pretrain.data.stream import Rows, Stream, batch_hash
 from tests.data_helpers import random_documents, write_dataset
 
 WORLDS = [1, 2, 3, 4, 6, 8, 12, 16, 48]
@@ -157,7 +157,7 @@ def options(request, tmp_path_factory) -> StreamOptions:
 
 def hash_of(parts: list[Rows]) -> str:
     """The hash of a global batch from the rows of its ranks."""
-    digests = np.stack([row_digests(part) for part in parts], axis=1).reshape(-1, 16)
+    digests = np.stack([part.digests() for part in parts], axis=1).reshape(-1, 16)
     numbers = np.stack([part.sample_numbers for part in parts], axis=1).reshape(-1)
     assert (np.diff(numbers) == 1).all()
     return batch_hash(digests)

@@ -267,14 +267,14 @@ def test_a_model_that_looks_ahead_does_not_see_padding(tmp_path, dataset, tokeni
     stream = stream_of(dataset, packing="best_fit", cache_folder=tmp_path)
     rows = stream.rows(np.arange(stream.epoch_samples))
     masked, causal = (make_objective(replace(MASKED, name=name), tokenizer, 0) for name in ("masked_lm", "causal_lm"))
-    assert len(batch_of(causal, rows)) == 2 and isinstance(masked, MaskedLM)
-    inputs, labels, documents = batch_of(masked, rows)
+    assert list(batch_of(causal, rows)) == ["inputs", "labels"] and isinstance(masked, MaskedLM)
+    inputs, labels, documents = batch_of(masked, rows).values()
     np.testing.assert_array_equal(documents, np.where(is_padding(rows), -1, 0))
     windows = stream_of(dataset).rows(np.arange(stream_of(dataset).epoch_samples))
-    assert len(batch_of(masked, windows)) == 2, "no padding, nothing to hide"
+    assert list(batch_of(masked, windows)) == ["inputs", "labels"], "no padding, nothing to hide"
     with_documents = stream_of(dataset, packing="best_fit", documents=True, cache_folder=tmp_path)
     known = with_documents.rows(np.arange(stream.epoch_samples))
-    np.testing.assert_array_equal(batch_of(masked, known)[2], known.documents[:, :-1])
+    np.testing.assert_array_equal(batch_of(masked, known)["documents"], known.documents[:, :-1])
 
     cfg = compose.compose("pretrain", ["run.name=x", "model=llama_tiny", f"model.vocab_size={VOCAB}",
                                        "model.causal=false", "objective=masked_lm"]).model  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT, copy_checkout
 
 README = (ROOT / "README.md").read_text()
-TRAINERS = ("pretrain.train", "launch/torchrun.sh", "launch/deepspeed.sh")
+TRAINERS = ("pretrain.train", "launch/finetune.sh", "launch/torchrun.sh", "launch/deepspeed.sh")
 MODEL = "model=llama_tiny "
 TINY = (MODEL + "train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
         "train.eval_samples=4 log.sample_tokens=4 log=none")  # fmt: skip
@@ -35,6 +35,10 @@ def test_every_command_works_as_written(clone, environment):
     text.mkdir()
     for file in Path(os.__file__).parent.glob("*.py"):
         shutil.copy(file, text)
+    rows = [{"text": f"def {name}(self):\n    return {number}", "label": "odd" if number % 2 else "even"}
+            for number, name in enumerate(("start", "stop", "read", "write", "close", "sort"))]  # fmt: skip
+    for split in ("train", "val"):
+        (clone / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (clone / ".venv" / "bin").mkdir(parents=True)
     (clone / ".venv" / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
     ran = 0
@@ -47,7 +51,7 @@ def test_every_command_works_as_written(clone, environment):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 12
-    for run in ("mine", "continued", "one", "two", "three", "four"):
+    for run in ("mine", "continued", "one", "two", "three", "four", "mood", "further"):
         rows = (clone / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [1, 2]
 

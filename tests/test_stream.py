@@ -20,7 +20,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import Phase
 from pretrain.data.remote import CacheSettings
 from pretrain.data.source import StreamOptions
-from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
+from pretrain.data.stream import Rows, Stream, batch_hash
 from tests.data_helpers import random_documents, write_dataset
 from tests.http_store import serve
 
@@ -69,7 +69,7 @@ def test_global_batches_are_the_same_in_every_world(dataset, world_size):
         np.testing.assert_array_equal(batch.sample_numbers, np.arange(step * BATCH, (step + 1) * BATCH))
         np.testing.assert_array_equal(batch.tokens, expected.tokens)
         np.testing.assert_array_equal(batch.is_target, expected.is_target)
-        assert batch_hash(row_digests(batch)) == batch_hash(row_digests(expected))
+        assert batch_hash(batch.digests()) == batch_hash(expected.digests())
 
 
 def test_an_epoch_is_every_window_once(dataset):
@@ -106,7 +106,7 @@ def test_resume_at_any_step(dataset):
 
 
 def test_the_tokens_of_the_first_batches_are_pinned(dataset):
-    hashes = [batch_hash(row_digests(rows)) for rows in take(make(dataset), 0, 3)]
+    hashes = [batch_hash(rows.digests()) for rows in take(make(dataset), 0, 3)]
     assert hashes == ["7d32e99a15aee397", "fd4d715f20f1042b", "d693d920b62f8ac3"]
 
 
@@ -225,11 +225,11 @@ def test_too_few_samples(dataset):
 def test_digests_depend_on_all_they_should():
     rows = Rows(np.array([3, 4]), np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint32), np.ones((2, 2), dtype=bool))
     first = hashlib.sha256(np.int64(3).tobytes() + np.array([1, 2, 3], dtype="<u4").tobytes()).digest()[:16]
-    digests = row_digests(rows)
+    digests = rows.digests()
     assert digests.shape == (2, 16) and digests[0].tobytes() == first
     assert batch_hash(digests) == hashlib.sha256(digests.tobytes()).hexdigest()[:16] != batch_hash(digests[::-1])
     other = Rows(np.array([3, 5]), rows.tokens, rows.is_target)
-    assert (row_digests(other)[0] == digests[0]).all() and (row_digests(other)[1] != digests[1]).any()
+    assert (other.digests()[0] == digests[0]).all() and (other.digests()[1] != digests[1]).any()
 
 
 def test_remote_shards_are_fetched_ahead_in_the_order_of_their_use_and_no_others(tmp_path, monkeypatch):

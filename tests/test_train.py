@@ -88,7 +88,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(train, environment, und
     assert disturb(train, environment, "stopped", 7, signal.SIGUSR1, "deepspeed=zero1") == 0
     stopped = train.root / "stopped"
     (stop,) = [event for event in events(stopped) if event["kind"] == "stopped"]
-    assert stop["signal"] == "SIGUSR1" and 7 <= stop["step"] < 24
+    assert stop["reason"] == "SIGUSR1" and 7 <= stop["step"] < 24
     assert (stopped / "checkpoints" / f"step-{stop['step']:09d}").is_dir()
     train(2, "run.name=stopped", "deepspeed=zero1", *LENGTH)
     found, reference = exact(journal(stopped)), exact(journal(undisturbed))

@@ -112,12 +112,12 @@ def bench_step(dtype: torch.dtype, precision: str) -> None:
 
     trainer = engine.Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
     tokens = torch.randint(0, 24576, (micro, cfg.train.seq_len))
-    parts = [(tokens, tokens)] * accumulation
+    parts = [{"inputs": tokens, "labels": tokens}] * accumulation
     bare = LanguageModel(cfg.model).to(dtype)
 
     def forward_and_backward() -> None:
-        for inputs, labels in parts:
-            loss_rows(bare, inputs, labels).sum().backward()
+        for part in parts:
+            loss_rows(bare, **part).sum().backward()
 
     targets = tokens.numel() * accumulation
     step_seconds = compare(f"step of {targets} tokens ({precision})", lambda: trainer.step(parts, targets, 1e-4),

@@ -14,7 +14,7 @@ import numpy as np
 from pretrain import checkpoint, compose
 from pretrain.cli import run_tool
 from pretrain.data import opening
-from pretrain.data.stream import Rows, Stream, batch_hash, row_digests
+from pretrain.data.stream import Rows, Stream, batch_hash
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--world {args.world} does not divide the global batch of {phase.global_batch_size} samples")
     rows = stream.rows(stream.numbers(args.step - 1))
     print(f"{folder}, step {args.step}: {phase.global_batch_size} rows of {phase.seq_len} tokens, "
-          f"{compare(folder, args.step, batch_hash(row_digests(rows)))}")  # fmt: skip
+          f"{compare(folder, args.step, batch_hash(rows.digests()))}")  # fmt: skip
     wanted = np.arange(args.rank or 0, len(rows.tokens), args.world if args.rank is not None else 1)
     places = stream.places(rows.sample_numbers)
     tokenizer = load_tokenizer(folder)
@@ -49,7 +49,7 @@ def open_stream(run: Path) -> Stream:
     cfg = compose.read(checkpoint.run_of(run) / "config.yaml")
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, opening.open_sources(cfg.data), 0, 1)
     if (run / checkpoint.MANIFEST).exists() or checkpoint.committed(run / "checkpoints"):
-        header = checkpoint.read_header(checkpoint.newest(run))
+        header = checkpoint.read_header(checkpoint.to_use(run))
         stream.resume(header.state, header.step)
     return stream
 

@@ -95,7 +95,7 @@ def make_objective(config: ObjectiveConfig, tokenizer: Tokenizer, seed: int) -> 
     return OBJECTIVES[config.name](config, tokenizer, seed)
 
 
-def batch_of(objective: Callable, rows) -> tuple[np.ndarray, ...]:
+def batch_of(objective: Callable, rows) -> dict[str, np.ndarray]:
     """What a model is given: inputs, labels, and the documents of the inputs where the rows know them; [b, T] each.
 
     A model that looks ahead would see padding: where there is any, each row counts as one document before it.
@@ -103,4 +103,5 @@ def batch_of(objective: Callable, rows) -> tuple[np.ndarray, ...]:
     documents = None if rows.documents is None else np.ascontiguousarray(rows.documents[:, :-1])
     if documents is None and isinstance(objective, MaskedLM) and (padding := is_padding(rows)).any():
         documents = -padding.astype(np.int32)
-    return (*objective(rows), *(() if documents is None else (documents,)))
+    inputs, labels = objective(rows)
+    return {"inputs": inputs, "labels": labels} | ({} if documents is None else {"documents": documents})

@@ -38,6 +38,20 @@ class Rows:
     is_target: np.ndarray  # bool[b, T]
     documents: np.ndarray | None = None  # int32[b, T + 1]
 
+    def part(self, start: int, stop: int) -> "Rows":
+        """Some of the rows."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        return Rows(*(None if column is None else column[start:stop] for column in columns))
+
+    def digests(self) -> np.ndarray:
+        """A digest of each row's sample number and tokens, uint8[b, 16] (sha256, cut short)."""
+        numbers, tokens = self.sample_numbers.astype("<i8"), self.tokens.astype("<u4")
+        digests = [
+            hashlib.sha256(number.tobytes() + row.tobytes()).digest()[:16]
+            for number, row in zip(numbers, tokens, strict=True)
+        ]
+        return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 16)
+
 
 class DataError(ValueError):
     """What went wrong while reading ahead (damage, a server that is gone), in words for the user."""
@@ -241,11 +255,7 @@ class Stream:
         numbers = [self.numbers(each) for each in steps if self.phase_of_step(each) is phase]
         rows = self._rows(np.concatenate(numbers), phase)
         ends = np.cumsum([0, *map(len, numbers)])
-        columns = [getattr(rows, field.name) for field in fields(Rows)]
-        return [
-            Rows(*(None if column is None else column[start:end] for column in columns))
-            for start, end in itertools.pairwise(ends.tolist())
-        ]
+        return [rows.part(start, end) for start, end in itertools.pairwise(ends.tolist())]
 
     def _fetch_ahead(self, start: int, end: int) -> int:
         """Have the shards of this rank's batches start ... end - 1 fetched in the order of use; returns `end`."""
@@ -282,16 +292,6 @@ def _end(worker: threading.Thread, ahead: queue.Queue, stop: threading.Event) ->
         ahead.get_nowait()
     if threading.current_thread() is not worker:  # the garbage collector may call this in the worker itself
         worker.join(timeout=5)
-
-
-def row_digests(rows: Rows) -> np.ndarray:
-    """A digest of each row's sample number and tokens, uint8[b, 16] (sha256, cut short)."""
-    numbers, tokens = rows.sample_numbers.astype("<i8"), rows.tokens.astype("<u4")
-    digests = [
-        hashlib.sha256(number.tobytes() + row.tobytes()).digest()[:16]
-        for number, row in zip(numbers, tokens, strict=True)
-    ]
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), 16)
 
 
 def batch_hash(digests: np.ndarray) -> str:

@@ -67,11 +67,17 @@ def loss_rows(model, inputs, labels, documents=None):
     return cross_entropy_rows(model(inputs, documents=documents), labels)
 
 
+def micro_batches(batch: dict[str, torch.Tensor], size: int, ranks) -> list[dict[str, torch.Tensor]]:
+    """This rank's rows of a global batch."""
+    mine = [part[ranks.rank :: ranks.world_size].split(size) for part in batch.values()]
+    return [dict(zip(batch, parts, strict=True)) for parts in zip(*mine, strict=True)]
+
+
 def other_counts(stage: int, precision: str, ranks, device) -> dict:
     """Steps of 4, 2 and 8 micro-batches a rank on rows of several documents, and the same by torch alone."""
     # a large eps, or AdamW would turn the rounding of the smallest gradients into steps as large as any
     built = build(stage, precision, 2, ranks, device, eps=1e-4)
-    everything = TOKENS[:, :, :-1].flatten(0, 1), LABELS.flatten(0, 1), DOCUMENTS
+    everything = {"inputs": TOKENS[:, :, :-1].flatten(0, 1), "labels": LABELS.flatten(0, 1), "documents": DOCUMENTS}
     model = LanguageModel(built.model_config)
     for name, parameter in model.named_parameters():
         parameter.data = initial_value(name, tuple(parameter.shape), built.model_config, 0)
@@ -80,27 +86,27 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
     found, expected = [], []
     micro = 2 // ranks.world_size
     for rows in (8, 4, 16):
-        batch = [part[:rows] for part in everything]
-        targets = int((batch[1] != IGNORE).sum())
-        mine = [part[ranks.rank :: ranks.world_size].split(micro) for part in batch]
-        found.append(built.step(list(zip(*mine, strict=True)), targets, 1e-2)[0])
-        assert len(mine[0]) == rows // 2
+        batch = {name: part[:rows] for name, part in everything.items()}
+        targets = int((batch["labels"] != IGNORE).sum())
+        mine = micro_batches(batch, micro, ranks)
+        found.append(built.step(mine, targets, 1e-2)[0])
+        assert len(mine) == rows // 2
         for group in torch_optimizer.param_groups:
             group["lr"] = 1e-2
         torch_optimizer.zero_grad()
-        loss = loss_rows(model, *batch).sum() / targets
+        loss = loss_rows(model, **batch).sum() / targets
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), built.optim_config.grad_clip)
         torch_optimizer.step()
         expected.append(loss.item())
-    evaluated = (built.evaluate(loss_rows, *everything), loss_rows(model, *everything).detach())
+    evaluated = (built.evaluate(loss_rows, **everything), loss_rows(model, **everything).detach())
     plain = dict(model.named_parameters())
     weights = (f for f in built.fragments() if f.kind == engine.WEIGHT)
     worst = max(
         (f.values - plain[f.name].detach().view(-1)[f.offset : f.offset + len(f.values)]).abs().max().item()
         for f in weights
     )
-    whole = loss_rows(model, *everything[:2]).sum().item()
+    whole = loss_rows(model, everything["inputs"], everything["labels"]).sum().item()
     return {"losses": found, "expected": expected, "worst": max(dist.all_gather_objects(worst)), "unmasked": whole,
             "rows": [rows.tolist() for rows in evaluated], "steps": built.optimizer_steps}  # fmt: skip
 
@@ -117,8 +123,8 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     expected = (loss_rows(model, inputs, labels).sum() / 4).item()
     found = []
     for its_labels in (labels, torch.full_like(labels, IGNORE), labels):
-        mine = [part[ranks.rank :: ranks.world_size].split(2) for part in (inputs, its_labels)]
-        found.append(built.step(list(zip(*mine, strict=True)), int((its_labels != IGNORE).sum()), 1e-2))
+        mine = micro_batches({"inputs": inputs, "labels": its_labels}, 2, ranks)
+        found.append(built.step(mine, int((its_labels != IGNORE).sum()), 1e-2))
     return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 
 
@@ -126,9 +132,7 @@ def train(built: engine.Engine, ranks, steps: int, first: int = 0) -> dict:
     """Losses, norms and the coverage of the fragments after `steps` updates."""
     losses, norms = [], []
     for k in range(first, first + steps):
-        rows = slice(ranks.rank, None, ranks.world_size)
-        inputs, labels = TOKENS[k % 2, rows, :-1], LABELS[k % 2, rows]
-        parts = list(zip(inputs.split(built.micro), labels.split(built.micro), strict=True))
+        parts = micro_batches({"inputs": TOKENS[k % 2, :, :-1], "labels": LABELS[k % 2]}, built.micro, ranks)
         loss, norm = built.step(parts, int((LABELS[k % 2] != IGNORE).sum()), 1e-2)
         losses.append(loss)
         norms.append(norm)

@@ -45,7 +45,7 @@ def held(stage: int, precision: str, ranks, device) -> dict:
         if fragment.kind == engine.WEIGHT:
             fragment.values.normal_(0, 0.02)
     built.refresh(0)
-    parts = [(torch.randint(0, 64, (2, 8)),) * 2 for _ in range(2)]
+    parts = [dict.fromkeys(("inputs", "labels"), torch.randint(0, 64, (2, 8))) for _ in range(2)]
     most = 0
 
     real_step = built.engine.step

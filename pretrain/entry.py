@@ -1,0 +1,246 @@
+"""What every run goes through, whatever it learns: checks, the run's folder, the engine, its start, the loop, its end.
+
+`train` and `finetune` make a `Plan` of a configuration; the rest is here.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint, compose, config, convert, dist, engine, hardware, loop, report
+from pretrain.config import Config, ModelConfig
+from pretrain.data.stream import DataError, Stream
+from pretrain.data.tasks import ExampleStream
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.evaluate import Best, Evaluation
+from pretrain.files import write_atomically
+from pretrain.guard import Guard
+from pretrain.log import Log
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.initial import initial_value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check: its config, the model with its vocabulary, the data, opened."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    stream: Stream | ExampleStream
+    collate: Callable  # rows of the stream -> a batch
+    loss_rows: engine.LossRows
+    validation: Evaluation | None
+    flops_per_token: Callable[[float], float]  # of a sequence length
+    identity: dict  # of the data: another one is another run
+    changes: tuple[str, ...]  # of the config, since the run was last started
+    new_parameters: tuple[str, ...]  # those that `init` does not have
+    at_end: Callable[["Plan", int, Best | None], None]  # on the main rank, with the last step
+    files: dict[str, bytes]  # further ones of the run's folder
+    trainable: Callable[[str], bool] = lambda name: True
+    lr_scale: Callable[[str], float] = lambda name: 1.0
+    best_metric: str | None = None
+
+
+MakePlan = Callable[[Config, dist.Ranks], Plan]
+
+
+def main(config_name: str, make_plan: MakePlan) -> None:
+    """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
+    ranks = dist.from_environment()
+    check_only = "--check" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--check"]
+    plan, mistake = None, None
+    try:
+        cfg = compose.from_command_line(config_name, model_of)
+        if cfg is None:
+            return
+        plan = make_plan(cfg, ranks)
+    except (ValueError, OSError) as error:
+        mistake = str(error)
+    if check_only:
+        refuse([mistake] if mistake else [], ranks)
+        return
+    device = dist.start(ranks)
+    refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
+    try:
+        run(plan, ranks, device)
+    except FloatingPointError as error:  # on all ranks
+        if ranks.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        dist.finish(1)
+    except DataError as error:  # on the rank that met it
+        print(f"error: {error}", file=sys.stderr)
+        dist.finish(1)
+    except BaseException:
+        traceback.print_exc()
+        dist.finish(1)
+    dist.finish(0)
+
+
+def model_of(init: str) -> dict:
+    """The model of a run, of one of its checkpoints, or of a Hugging Face folder, as the keys of a config."""
+    return asdict(convert.open_model(Path(init)).config)
+
+
+def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
+    """End all ranks with one message when any of them found a mistake."""
+    if mistakes:
+        if ranks.is_main:
+            print(f"error: {mistakes[0]}", file=sys.stderr)
+        dist.finish(2)
+
+
+def begins(cfg: Config) -> bool:
+    """Whether the run has no checkpoint to go on from."""
+    return not checkpoint.committed(cfg.run.folder / "checkpoints")
+
+
+def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) -> tuple[str, ...]:
+    """Judge whether `init` can start this run; returns the parameters that begin anew: those that `init` lacks, and
+    heads of another shape.
+    """
+    weights, new = convert.open_model(Path(cfg.init)), []
+    if isinstance(weights, checkpoint.Weights):
+        checkpoint.verify(weights.checkpoint, ranks)
+    for name, shape in parameter_shapes(model).items():
+        found = weights.shapes.get(name)
+        if found == shape:
+            continue
+        if name.startswith("trunk.") and "lora_" not in name:
+            raise ValueError(f"init={cfg.init}: {name} has shape {found} there and {shape} in this model")
+        new.append(name)
+    return tuple(new)
+
+
+def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
+    """Refuse a folder that holds another run; else the settings that changed and that the run can go on with."""
+    folder = cfg.run.folder
+    if not folder.exists() or not any(folder.iterdir()):
+        return ()
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} exists and is not a run: choose another run.name")
+    if cfg.resume == "never":
+        raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
+    safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
+    data_file = folder / "data.json"
+    before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
+    changed = [key for key, value in identity.items() if before[key] != value]
+    unsafe += [f"data ({key}): {before[key][:12]} -> {identity[key][:12]}" for key in changed]
+    if unsafe:
+        changes = "; ".join(unsafe)
+        raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
+    return tuple(safe)
+
+
+def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
+    """A checked run on this rank, from its last checkpoint or its first step to the last."""
+    cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard)
+    precision = hardware.resolve_precision(cfg.train.precision, device)
+    if ranks.is_main:
+        print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
+              "measuring the peak and building the model", flush=True)  # fmt: skip
+        if plan.changes:
+            print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
+        write_run_folder(plan)
+    peak, peak_source = hardware.peak_flops(device, precision)
+    trainer = build_engine(plan, precision, ranks, device)
+    rejected: list[dict] = []
+    found = checkpoint.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
+    start_step = start_from(found, trainer, plan)
+    log = Log(cfg.log, folder, cfg.train.steps, asdict(cfg), start_step, ranks.is_main)
+    for facts in rejected:
+        log.event("checkpoint_rejected", **facts)
+    log.event(
+        "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
+        zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
+        peak_tflops=peak * ranks.world_size / 1e12,
+    )  # fmt: skip
+    if cfg.init and not found:
+        log.event("initialised", init=cfg.init, anew=list(plan.new_parameters))
+    for facts in plan.stream.summary(cfg.train.steps):
+        log.event("source", **facts)
+    for phase in plan.stream.phases[1:]:
+        log.event("phase", **asdict(phase))
+    best = best_so_far(plan, ranks)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
+    facts = {"model": asdict(plan.model), "flops_per_token": plan.flops_per_token}
+    facts["peak_flops"] = peak * ranks.world_size
+    if start_step >= cfg.train.steps:
+        log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
+    step = loop.train_loop(
+        cfg, trainer, plan.stream, plan.collate, plan.validation, best, checkpoints, guard, log, ranks, facts,
+        start_step,
+    )  # fmt: skip
+    if ranks.is_main:
+        if start_step < step:
+            plan.at_end(plan, step, best)
+        log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
+        log.close()
+
+
+def best_so_far(plan: Plan, ranks: dist.Ranks) -> Best | None:
+    """What the journal, cut back to the step that training goes on from, says of the evaluations before it."""
+    if plan.best_metric is None:
+        return None
+    rows: list[dict] = []
+    if ranks.is_main:
+        with open(plan.config.run.folder / "metrics.jsonl") as journal:
+            rows = [row for row in map(json.loads, journal) if "val_loss" in row]
+    patience, folder = plan.config.tuning.early_stopping, plan.config.run.folder if ranks.is_main else None
+    return Best(plan.best_metric, patience, dist.all_gather_objects(rows)[0], folder)
+
+
+def write_run_folder(plan: Plan) -> None:
+    """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
+    plan.config.run.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {
+        "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
+        "data.json": json.dumps(plan.identity, indent=1).encode(),
+        plan.tokenizer.file_name: plan.tokenizer.file_bytes,
+        "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
+        **plan.files,
+    }.items():
+        write_atomically(plan.config.run.folder / name, content)
+
+
+def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
+    """The model under DeepSpeed, with weights still to be filled in (`start_from`)."""
+    cfg, batch, micro = plan.config, plan.config.train.global_batch_size, plan.config.train.micro_batch_size
+    accumulation = config.accumulation_steps(cfg.train, ranks.world_size)
+    clip = cfg.optim.grad_clip
+    settings = engine.deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
+
+    def build() -> torch.nn.Module:
+        model = build_model(plan.model, cfg.train.activation_checkpointing)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and plan.trainable(name))
+        return model
+
+    return engine.Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale)
+
+
+def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
+    """Fill the engine from a checkpoint, or from `init`, or with initial values; returns the steps done."""
+    if found is not None:
+        before = checkpoint.read_header(found)
+        plan.stream.resume(before.state, before.step)
+        header = checkpoint.load(found, trainer.fragments())
+        trainer.refresh(header.optimizer_steps)
+        return header.step
+    weights = convert.open_model(Path(plan.config.init)) if plan.config.init else None
+    for fragment in trainer.fragments():
+        if fragment.kind != engine.WEIGHT:
+            continue
+        if weights and fragment.name not in plan.new_parameters:
+            fragment.values.copy_(weights.read_range(fragment.name, fragment.offset, fragment.values.numel()))
+        else:
+            full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
+            fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
+    trainer.refresh(0)
+    return 0

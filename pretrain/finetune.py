@@ -1,0 +1,122 @@
+"""Fine-tune a model for a task: config -> examples -> model -> engine -> loop, the loop of pretraining.
+
+    torchrun --nproc-per-node 2 -m pretrain.finetune task=classification init=runs/NAME run.name=mood \
+        data.train=train.jsonl data.val=val.jsonl task.text=text task.label=label
+
+`--help` lists every key; `--check` judges the configuration and the examples and trains nothing; `--drop-bad` leaves
+out examples that cannot be learnt from. Started again, the same command continues the run.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain import checkpoint, config, convert, dist, engine, entry, tuning
+from pretrain.config import Config, ModelConfig
+from pretrain.data.tables import Table, read_table
+from pretrain.data.tasks import Examples, ExampleStream
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.evaluate import Best
+from pretrain.model.heads import parameter_shapes
+from pretrain.model.hf import fitting_head
+from pretrain.model.transformer import flops_per_token
+from pretrain.tasks import Task, make_task
+from pretrain.tasks.validation import TaskValidation
+
+
+def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
+    """Read and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
+    config.accumulation_steps(cfg.train, ranks.world_size)
+    engine.check_extra(cfg.deepspeed)
+    tokenizer = open_tokenizer(cfg)
+    base = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
+    table = read_table(cfg.data.sources, "data.train")
+    task = make_task(cfg.task, tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
+    cfg = replace(cfg, task=task.config)
+    examples = encode(task, table)
+    task.weigh(examples)
+    stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
+    cfg = replace(cfg, train=config.with_steps(cfg.train, len(examples)))
+    model = tuned_model(cfg, task, base)
+    identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    validation = open_validation(cfg, task)
+    best = cfg.tuning.best or (task.best_on(validation.examples) if validation else task.best)
+    known = ["val_loss", *(f"val_{figure}" for figure in task.figures)]
+    if best not in known:
+        raise ValueError(f"tuning.best={best} is no figure of task={cfg.task.name}: take one of {', '.join(known)}")
+    return entry.Plan(
+        config=cfg, model=model, tokenizer=tokenizer, stream=stream, collate=task.collate, loss_rows=task.loss_rows,
+        validation=validation,
+        flops_per_token=functools.partial(flops_per_token, model),
+        identity=identity,
+        changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
+        new_parameters=new_parameters(cfg, model, task, ranks) if cfg.init and entry.begins(cfg) else (),
+        at_end=show_result,
+        files={"task.json": (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()},
+        trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
+        best_metric=best if cfg.data.val else None,
+    )  # fmt: skip
+
+
+def open_tokenizer(cfg: Config) -> Tokenizer:
+    """That of `init`, or of the run that goes on; a model that begins anew is told which."""
+    if cfg.data.tokenizer:
+        return load_tokenizer(cfg.data.tokenizer)
+    if not cfg.init:
+        raise ValueError("init is null, so the model begins anew: name its tokenizer with data.tokenizer=..., and the "
+                         "model with model=...; or give init=runs/NAME")  # fmt: skip
+    goes_on = (cfg.run.folder / "config.yaml").is_file() and not Path(cfg.init).exists()
+    return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
+
+
+def encode(task: Task, table: Table) -> Examples:
+    """The examples of a table; what was left out is said."""
+    examples = task.encode(table)
+    if examples.dropped:
+        print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
+              f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
+    return examples
+
+
+def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
+    """The model with the head that the task needs and, for LoRA, its thin matrices."""
+    model = base if task.head == base.head == "lm" else fitting_head(base, task.head, len(task.labels))
+    if cfg.tuning.method == "lora":
+        settings = cfg.tuning
+        model = replace(
+            model, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_on=settings.lora_on
+        )  # fmt: skip
+    return model
+
+
+def new_parameters(cfg: Config, model: ModelConfig, task: Task, ranks: dist.Ranks) -> tuple[str, ...]:
+    """The parameters that begin anew: also a head of the right shape, where its labels mean something else."""
+    new, theirs = entry.check_initial_weights(cfg, model, ranks), convert.task_of(Path(cfg.init)).get("labels", [])
+    if theirs and theirs != task.labels:
+        new += tuple(name for name in parameter_shapes(model) if name.startswith("head.") and name not in new)
+    return new
+
+
+def open_validation(cfg: Config, task: Task) -> TaskValidation | None:
+    """The held-out examples, when the config names any."""
+    if not cfg.data.val:
+        return None
+    table = read_table(cfg.data.val, "data.val").some(cfg.train.eval_samples)
+    return TaskValidation(task, table, encode(task, table), cfg.train.micro_batch_size)
+
+
+def show_result(plan: entry.Plan, step: int, best: Best | None) -> None:
+    """Say which evaluation was the best."""
+    if best is None or best.step is None:
+        return
+    figures = {name: value for name, value in best.row.items() if name.startswith("val_") and value is not None}
+    told = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
+    print(f"{plan.config.run.name}: best {best.metric.removeprefix('val_')} at step {best.step} of {step} ({told}); "
+          f"{plan.config.run.folder / checkpoint.RESULT}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.argv = ["task.drop_bad=true" if argument == "--drop-bad" else argument for argument in sys.argv]
+    entry.main("finetune", make_plan)

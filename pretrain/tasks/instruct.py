@@ -1,0 +1,206 @@
+"""Responses to prompts, and conversations: a language model that learns what the assistant writes, not what it reads.
+
+A conversation is written by the chat template of the tokenizer (`data.chat`). So are a prompt and its response, as one
+turn each, when the tokenizer brings a template: that is what its model was taught. Where it brings none, the response
+stands right after the prompt, as the columns have them; spaces that end a prompt go to the response, which begins
+with them as words in a text do, so that a prompt alone has the ids that it has before its response.
+
+Several conversations are packed into a row (`data.packing=best_fit`), each computed as if it stood alone.
+"""
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from pretrain import metrics
+from pretrain.config import ModelConfig, TaskConfig
+from pretrain.data.chat import ChatFormat, Message, check_messages
+from pretrain.data.objectives import batch_of
+from pretrain.data.packing import PADDING, best_fit_decreasing, targets
+from pretrain.data.stream import Rows
+from pretrain.data.tables import Table
+from pretrain.data.tasks import ExampleRows, Examples, Ragged
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.generate import end_ids, generate_all, prompt_ids
+from pretrain.tasks.language_model import LanguageModel
+from pretrain.tasks.task import Problems, Write
+
+Judge = Callable[[list[str], list[str]], metrics.Figures]
+# task.figures -> (responses and gold -> figures, their names; the last one tells the best checkpoint)
+JUDGES: dict[str, tuple[Judge, tuple[str, ...]]] = {
+    "translation": (metrics.translation, ("bleu", "chrf")),
+    "summaries": (metrics.summaries, ("rouge_1", "rouge_2", "rouge_l")),
+    "answers": (lambda said, gold: metrics.answers(said, [[text] for text in gold]), ("exact_match", "f1")),
+}
+
+
+class Instruct(LanguageModel):
+    """The loss is on the tokens of responses, and on the one that ends each."""
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer, model: ModelConfig, *others: Any):
+        if not model.causal:
+            raise ValueError("task=instruct: a model that looks ahead (model.causal=false) writes no responses: take "
+                             "one that looks back only")  # fmt: skip
+        super().__init__(config, tokenizer, model, *others)
+        self.byte_lengths, self.is_sparse = None, True
+        self.figures, self.best = ("accuracy",), "val_loss"
+        self.judge: Judge | None = None
+        if config.figures != "none" and config.generate_samples:
+            self.judge, names = JUDGES[config.figures]
+            self.figures, self.best = (*self.figures, *names), f"val_{names[-1]}"
+            self.judge(["a"], ["a"])  # a library that is missing is missed now, not at the first evaluation
+        self.chat = ChatFormat(tokenizer)
+        self.template = _parsed(config.template.replace("\\n", "\n")) if config.template is not None else None
+
+    def encode(self, table: Table, with_gold: bool = True) -> Examples:
+        assert with_gold, "without gold a response is written: see `respond`"
+        problems, rows, tokens, answers = Problems(table, self.config.drop_bad), [], [], []
+        conversations, is_chat = self._conversations(table, with_gold)
+        for row, messages in enumerate(tqdm(conversations, desc="encoding", unit=" rows", delay=5)):
+            try:
+                ids, is_response = self._encoded(messages, is_chat)
+            except ValueError as error:
+                problems.add(row, str(error))
+                continue
+            rows.append(row)
+            tokens.append(np.array(ids, dtype=np.int32))
+            answers.append(np.array(is_response, dtype=np.int8))
+        problems.settle(len(rows))
+        sizes = np.array([len(ids) for ids in tokens])
+        groups = self._packed(sizes)
+        columns = {
+            "inputs": Ragged(np.concatenate([tokens[number] for number in group]) for group in groups),
+            "is_response": Ragged((np.concatenate([answers[number] for number in group]) for group in groups), np.int8),
+            "documents": Ragged(np.repeat(np.arange(len(group)), sizes[group]) for group in groups),
+        }
+        first = [rows[group[0]] for group in groups]
+        return self.examples(columns, first, facts={"rows": np.array(rows)}, dropped=problems.found)
+
+    def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
+        columns, numbers = rows.examples.columns, rows.numbers
+        documents = columns["documents"].padded(numbers, PADDING, np.int32)
+        is_target = targets(documents) & columns["is_response"].padded(numbers, 0, bool)[:, 1:]
+        tokens, is_packed = columns["inputs"].padded(numbers, 0), documents.max() > 0
+        return batch_of(self.ask, Rows(rows.sample_numbers, tokens, is_target, documents if is_packed else None))
+
+    def judge_written(self, table: Table, examples: Examples, write: Write) -> tuple[dict, list[dict]]:
+        """Of `task.generate_samples` rows, evenly spread."""
+        if self.judge is None:
+            return {}, []
+        rows, (conversations, is_chat) = examples.facts["rows"], self._conversations(table, with_gold=True)
+        count = min(self.config.generate_samples, len(rows))
+        asked, gold = [], []
+        for row in rows[np.arange(count) * len(rows) // count].tolist():
+            last = _last_answer(conversations[row])
+            asked.append(conversations[row][:last])
+            gold.append(conversations[row][last]["content"].strip())
+        prompts = [self._prompt(messages, is_chat) for messages in asked]
+        said = [self._text(ids) for ids in write(prompts, self.config.max_new_tokens, self._stop_ids(is_chat))]
+        main = self.figures[-1]
+        return self.judge(said, gold), [
+            {"prompt": messages[-1]["content"], "gold": theirs, "prediction": ours, "right": ours == theirs,
+             "score": self.judge([ours], [theirs])[main]}
+            for messages, theirs, ours in zip(asked, gold, said, strict=True)
+        ]  # fmt: skip
+
+    def respond(
+        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
+    ) -> list[dict]:
+        """{"response": text} for each row: what comes after its prompt, or its conversation without a last answer."""
+        conversations, is_chat = self._conversations(table, with_gold=False)
+        prompts = []
+        for row, messages in enumerate(conversations):
+            check_messages(messages, table.place(row))
+            asked = messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "assistant" else messages
+            prompts.append(self._prompt(asked, is_chat, table.place(row)))
+            if len(prompts[-1]) >= self.model.max_positions:
+                raise ValueError(f"{table.place(row)}: the prompt has {len(prompts[-1])} tokens, the model "
+                                 f"{self.model.max_positions} positions: shorten it, or leave the row out")  # fmt: skip
+        options = {"stop_ids": self._stop_ids(is_chat), "on_rows": on_rows}
+        found = generate_all(model, prompts, self.config.max_new_tokens, batch_size, **options)
+        return [{"response": self._text(ids)} for ids in found]
+
+    def _conversations(self, table: Table, with_gold: bool) -> tuple[list[list[Message]], bool]:
+        """The messages of each row, and whether they are written as a chat; without gold, prompts without responses."""
+        config = self.config
+        if config.template is None and config.messages in table.columns:
+            return table.column(config.messages, "task.messages"), True
+        if self.template is None:
+            prompts = table.texts(config.prompt, "task.prompt")
+        else:
+            columns = {name: table.column(name, "task.template") for _, name in self.template if name}
+            prompts = [
+                "".join(text + (str(columns[name][row]) if name else "") for text, name in self.template)
+                for row in range(len(table.rows))
+            ]
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        if with_gold:
+            for messages, response in zip(conversations, table.texts(config.response, "task.response"), strict=True):
+                messages.append({"role": "assistant", "content": response})
+        return conversations, not self.chat.is_default
+
+    def _encoded(self, messages: list[Message], is_chat: bool) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, and which are a response's; `ValueError` where it cannot be learnt from."""
+        check_messages(messages, "the conversation")
+        if not _last_answer(messages):
+            raise ValueError("the conversation has no answer, a message of the assistant after another one")
+        ids, is_response = self.chat.encode(messages) if is_chat else self._joined(*(m["content"] for m in messages))
+        if len(ids) > self.seq_len + 1:  # the last one is predicted, not read
+            raise ValueError(f"the conversation has {len(ids)} tokens, train.seq_len={self.seq_len} takes "
+                             f"{self.seq_len + 1}")  # fmt: skip
+        return ids, is_response
+
+    def _joined(self, prompt: str, response: str) -> tuple[list[int], list[bool]]:
+        """As `ChatFormat.encode`, of a prompt and its response without a template."""
+        before, whole = self._before(prompt), prompt_ids(self.tokenizer, prompt + response)
+        after = whole[len(before) :]
+        if whole[: len(before)] != before:  # a token would reach over from one to the other
+            after = self.tokenizer.encode(prompt[len(prompt.rstrip(" ")) :] + response)
+        after = [*after, *self.tokenizer.suffix]
+        return [*before, *after], [False] * len(before) + [True] * len(after)
+
+    def _before(self, prompt: str) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt.rstrip(" "))
+
+    def _prompt(self, messages: list[Message], is_chat: bool, place: str = "the conversation") -> list[int]:
+        """The ids after which a response begins."""
+        if is_chat:
+            return self.chat.encode(messages, add_generation_prompt=True, place=place)[0]
+        return self._before(messages[0]["content"])
+
+    def _stop_ids(self, is_chat: bool) -> tuple[int, ...]:
+        return self.chat.stop_ids if is_chat else end_ids(self.tokenizer)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids).strip()
+
+    def _packed(self, sizes: np.ndarray) -> list[np.ndarray]:
+        """The numbers of the conversations in each row."""
+        if self.packing != "best_fit":
+            return list(np.arange(len(sizes))[:, None])
+        numbers, rows = best_fit_decreasing(sizes, self.seq_len + 1)
+        in_order = np.argsort(rows, kind="stable")
+        return np.split(numbers[in_order], np.bincount(rows).cumsum()[:-1])
+
+
+def _last_answer(messages: list[Message]) -> int:
+    """The place of the last message of the assistant; 0 where none has another one before it."""
+    return max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+
+
+def _parsed(template: str) -> list[tuple[str, str | None]]:
+    """A format string as parts: a text, and the name of the column after it (None at the end)."""
+    try:
+        parts = list(string.Formatter().parse(template))
+        if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+            raise ValueError("only names of columns stand in braces")
+        if not any(name for _, name, _, _ in parts):
+            raise ValueError("it names no column")
+    except ValueError as error:
+        raise ValueError(f"task.template={template!r}: {error}; write it as 'Translate: {{text}}', and a brace itself "
+                         "twice") from None  # fmt: skip
+    return [(text, name) for text, name, _, _ in parts]

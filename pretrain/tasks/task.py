@@ -1,0 +1,157 @@
+"""What a fine-tuning task is: examples out of tables, batches, a loss, predictions, figures. Each has its own file.
+
+Shapes: B batch, T time, C labels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain.config import ModelConfig, ObjectiveConfig, TaskConfig
+from pretrain.data.objectives import IGNORE
+from pretrain.data.tables import Table
+from pretrain.data.tasks import ExampleRows, Examples, Ragged
+from pretrain.data.tokenizer import Tokenizer
+
+Inputs = dict[str, torch.Tensor]
+Write = Callable[[list[list[int]], int, Sequence[int]], list[list[int]]]  # (prompts, most new ids, ids that end them)
+
+
+class Task:
+    """`head` is the model's, `labels` name its outputs; `best` is the figure that says which checkpoint is best, of the
+    `figures` that an evaluation gives besides val_loss.
+    """
+
+    head: str
+    best: str
+    figures: tuple[str, ...]
+    respond: Callable | None = None  # where a model writes: (model, table, batch size, on_rows) -> what is told
+
+    def __init__(
+        self, config: TaskConfig, tokenizer: Tokenizer, model: ModelConfig, seq_len: int, packing: str, seed: int,
+        objective: ObjectiveConfig | None = None,
+    ):  # fmt: skip
+        """`config.labels` is filled in where the task has labels; `seq_len`: the most tokens of an example; `packing`:
+        best_fit or none, for tasks that put several examples in a row; `objective`: for tasks whose labels are tokens.
+        """
+        self.config, self.tokenizer, self.model, self.seq_len = config, tokenizer, model, seq_len
+        self.packing, self.seed, self.objective = packing, seed, objective
+        self.labels: list[str] = config.labels or []
+
+    @staticmethod
+    def settled(config: TaskConfig, table: Table) -> TaskConfig:
+        """`config`, with what it leaves open (labels: null, ...) as the training `table` has it."""
+        return config
+
+    def described(self) -> dict:
+        """What a run's task.json says: all that an export or a reader needs to know."""
+        return {"name": self.config.name, "labels": self.labels, "multi_label": self.config.multi_label}
+
+    def encode(self, table: Table, with_gold: bool = True) -> Examples:
+        """The examples of a table; without gold, what is to be predicted may be missing, and every row gives some."""
+        raise NotImplementedError
+
+    def weigh(self, examples: Examples) -> None:
+        """Take from the training examples what the loss depends on, where it does."""
+
+    def best_on(self, examples: Examples) -> str:
+        """`best`, where it depends on the held-out examples."""
+        return self.best
+
+    def logits(self, model: Any, inputs: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        """What the model says of a batch of `collate`, without its labels."""
+        return model(inputs, **others)
+
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The summed loss of each row [B], over its labels other than -100."""
+        raise NotImplementedError
+
+    def predictions(self, logits: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """What `outputs` needs of each row: [B, k] numbers, k the same for every batch."""
+        raise NotImplementedError
+
+    def outputs(self, table: Table, examples: Examples, predictions: np.ndarray) -> list[dict]:
+        """What is told to the user, one for each row of the table, out of predictions [n, k] of its examples."""
+        raise NotImplementedError
+
+    def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
+        """(figures without val_, a row for each row of the table with its gold and whether it is right, facts that no
+        figure can say), out of predictions [n, k] of all examples.
+        """
+        raise NotImplementedError
+
+    def judge_written(self, table: Table, examples: Examples, write: Write) -> tuple[dict, list[dict]]:
+        """Where a model writes texts: figures and rows, as `score` has them, of what it writes after prompts."""
+        return {}, []
+
+    def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
+        """A batch: inputs int64[B, T] filled up on the right, documents int32[B, T] (0, padding -1), labels."""
+        columns, numbers = rows.examples.columns, rows.numbers
+        inputs, documents = padded_tokens(columns["inputs"], numbers)
+        batch = {"inputs": inputs, "documents": documents}
+        if "segments" in columns:
+            batch["segments"] = columns["segments"].padded(numbers, 0)
+        return batch | {"labels": columns["labels"].padded(numbers, IGNORE)}
+
+    def loss_rows(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """For training: the summed loss of each row [B]."""
+        return self.losses(self.logits(model, **inputs), labels, inputs)
+
+    def score_rows(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """For evaluation: of each row the summed loss, the number of its labels, and the predictions: [B, 2 + k]."""
+        logits = self.logits(model, **inputs)
+        losses, counts = self.losses(logits, labels, inputs), (labels != IGNORE).view(len(labels), -1).sum(1)
+        predictions = self.predictions(logits, inputs).double()
+        return torch.cat([losses.double()[:, None], counts.double()[:, None], predictions], 1)
+
+
+def padded_tokens(column: Ragged, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a column, filled up on the right, int64[B, T], and what in them is real: int32[B, T] of 0, padding -1."""
+    tokens = column.padded(numbers, 0)
+    padding = np.arange(tokens.shape[1]) >= column.lengths[numbers, None]
+    return tokens, -padding.astype(np.int32)
+
+
+class Problems:
+    """The rows of a table that cannot be learnt from: left out, or all named in one error."""
+
+    def __init__(self, table: Table, drop: bool):
+        self._table, self._drop = table, drop
+        self.found: list[str] = []
+
+    def add(self, row: int, reason: str) -> None:
+        self.found.append(f"{self._table.place(row)}: {reason}")
+
+    def settle(self, count: int) -> None:
+        """`count`: the examples that are left."""
+        if self.found and not self._drop:
+            more = f" and {len(self.found) - 5} more" if len(self.found) > 5 else ""
+            raise ValueError(
+                f"{len(self.found)} examples of {self._table.location} cannot be learnt from: "
+                f"{'; '.join(self.found[:5])}{more}. Mend them, or leave them out with task.drop_bad=true"
+            )
+        if not count:
+            raise ValueError(f"{self._table.location} has no example left of {len(self._table.rows)} rows")
+
+
+def whole_text(
+    tokenizer: Tokenizer, model: ModelConfig, ids: list[int], limit: int, pair: list[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """A text, or two, with the special ids around, cut to `limit` ids, and the segment of each id (0 or 1).
+
+    Of two texts the longer one is cut, token by token, as transformers does. A model that looks back only sees no end:
+    the text is not over for it.
+    """
+    before, after = tokenizer.prefix, [] if model.causal else tokenizer.suffix
+    between = [] if pair is None else tokenizer.between
+    room = limit - len(before) - len(between) - len(after)
+    if pair is None:
+        return [*before, *ids[:room], *after], [0] * (len(before) + min(room, len(ids)) + len(after))
+    first, second = len(ids), len(pair)
+    while first + second > room:
+        first, second = (first - 1, second) if first > second else (first, second - 1)
+    inside = [*before, *ids[:first], *between]
+    rest = [*pair[:second], *after]
+    return [*inside, *rest], [0] * len(inside) + [1] * len(rest)

@@ -1,0 +1,85 @@
+"""A task's held-out examples, judged by all ranks together: the figures are the same for every number of them."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from pretrain.data.tables import Table
+from pretrain.data.tasks import ExampleRows, Examples
+from pretrain.dist import Ranks, all_gather_tensor, all_reduce_sum
+from pretrain.evaluate import Evaluate
+from pretrain.generate import generate_batch
+from pretrain.tasks.task import Task
+
+
+class TaskValidation:
+    """Evaluates a task on the examples of a table; see `evaluate.Evaluation`."""
+
+    def __init__(self, task: Task, table: Table, examples: Examples, micro_batch_size: int):
+        self.task, self.table, self.examples, self.micro_batch_size = task, table, examples, micro_batch_size
+        self.details: list[dict] = []
+        self.facts: dict = {}
+
+    def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
+        rows = predict(self.task, self.examples, self.micro_batch_size, evaluate, ranks, device)
+        losses, counts = math.fsum(rows[:, 0].tolist()), int(rows[:, 1].sum())
+        figures, self.details, self.facts = self.task.score(self.table, self.examples, rows[:, 2:])
+        write = functools.partial(continued, self.micro_batch_size, evaluate, ranks)
+        written, told = self.task.judge_written(self.table, self.examples, write)
+        self.details = told or self.details
+        named = {f"val_{name}": float(value) for name, value in (figures | written).items()}
+        return {"val_loss": losses / counts if counts else math.nan} | named
+
+
+def predict(
+    task: Task, examples: Examples, micro_batch_size: int, evaluate: Evaluate, ranks: Ranks, device: torch.device,
+    on_rows: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:  # fmt: skip
+    """What `task.score_rows` says of all examples, in their order: fp64[n, 2 + k], on all ranks.
+
+    Batches are of examples of like lengths. Every rank computes equally often, as ZeRO-3 needs.
+    """
+    count = len(examples)
+    by_length = np.argsort(-examples.lengths, kind="stable")
+    each = -(-count // ranks.world_size)
+    mine = by_length[np.minimum(np.arange(each) * ranks.world_size + ranks.rank, count - 1)]
+    parts = []
+    for start in range(0, each, micro_batch_size):
+        numbers = mine[start : start + micro_batch_size]
+        batch = task.collate(ExampleRows(numbers, numbers, examples))
+        tensors = {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
+        parts.append(evaluate(task.score_rows, **tensors))
+        on_rows(len(numbers))
+    gathered = all_gather_tensor(torch.cat(parts)).transpose(0, 1).flatten(0, 1)[:count].numpy()
+    in_order = np.empty_like(gathered)
+    in_order[by_length] = gathered
+    return in_order
+
+
+def continued(
+    micro_batch_size: int, evaluate: Evaluate, ranks: Ranks, prompts: list[list[int]], max_tokens: int,
+    stop_ids: Sequence[int],
+) -> list[list[int]]:  # fmt: skip
+    """The likeliest ids after each prompt, on all ranks: each writes those of prompts r::w, and calls the model as
+    often as the others.
+    """
+
+    def write(model: nn.Module, mine: list[list[int]]) -> torch.Tensor:
+        found = generate_batch(model, mine, max_tokens, stop_ids=stop_ids, all_done=_all_done)
+        return torch.tensor([[len(ids), *ids, *[0] * (max_tokens - len(ids))] for ids in found])
+
+    each = -(-len(prompts) // ranks.world_size)
+    mine = [prompts[min(i * ranks.world_size + ranks.rank, len(prompts) - 1)] for i in range(each)]
+    batches = (mine[start : start + micro_batch_size] for start in range(0, each, micro_batch_size))
+    parts = [evaluate(functools.partial(write, mine=batch)) for batch in batches]
+    gathered = all_gather_tensor(torch.cat(parts)).transpose(0, 1).flatten(0, 1)[: len(prompts)]
+    return [row[1 : 1 + row[0]] for row in gathered.long().tolist()]
+
+
+def _all_done(is_done: bool) -> bool:
+    """Whether all ranks are."""
+    return int(all_reduce_sum(torch.tensor(int(not is_done)))) == 0

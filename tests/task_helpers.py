@@ -1,0 +1,126 @@
+"""What the tests of tasks share: small tokenizers of three kinds, tasks, tables, batches, models."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+
+from pretrain import compose
+from pretrain.config import Config
+from pretrain.data.objectives import IGNORE
+from pretrain.data.pieces import train
+from pretrain.data.tables import Table, read_table
+from pretrain.data.tasks import ExampleRows, Examples
+from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.dist import ALONE
+from pretrain.model.heads import build_model
+from pretrain.model.hf import fitting_head
+from pretrain.model.initial import initial_value
+from pretrain.tasks import Task, make_task
+from pretrain.tasks.validation import TaskValidation
+
+SMALL = ["run.name=x", "model=llama_tiny", "data.train=x", "train.seq_len=32", "train.precision=fp32"]
+
+
+def _saved(folder: Path, content: dict, config: dict) -> Tokenizer:
+    folder.mkdir()
+    for name, file in {"tokenizer.json": content, "tokenizer_config.json": config}.items():
+        (folder / name).write_text(json.dumps(file))
+    return load_tokenizer(folder)
+
+
+def word_pieces(folder: Path, words: list[str]) -> Tokenizer:
+    """As BERT: lowercase words out of a list, [CLS] a text [SEP]; ids: [PAD] [UNK] [CLS] [SEP] 0 to 3, then `words`."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    made = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    roles = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    return _saved(folder, json.loads(made.to_str()), roles)
+
+
+def byte_level(folder: Path) -> Tokenizer:
+    """As GPT-2, with a token for each byte and none before a text; id 0 ends one."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: number for number, piece in enumerate(["<|endoftext|>", *letters])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    return _saved(folder, json.loads(made.to_str()), {"eos_token": "<|endoftext|>"})
+
+
+def sentence_pieces(folder: Path, texts: list[str], vocab_size: int = 320) -> Tokenizer:
+    """Trained as tools/train_tokenizer.py does; <s> before a text, bytes for characters that `texts` do not have."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(train(texts, vocab_size))
+    return load_tokenizer(folder)
+
+
+def config_of(task: str, *overrides: str) -> Config:
+    return compose.compose("finetune", [f"task={task}", *SMALL, *overrides])
+
+
+def make(task: str, tokenizer: Tokenizer, *overrides: str, table: Table | None = None) -> Task:
+    cfg = config_of(task, *overrides)
+    return make_task(cfg.task, tokenizer, cfg.model, cfg.train.seq_len, cfg.data.packing, cfg.seed, table,
+                     cfg.objective)  # fmt: skip
+
+
+def table_of(folder: Path, *rows: dict, name: str = "rows.jsonl") -> Table:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_table(str(folder / name), "data.train")
+
+
+def batch_of(task: Task, examples: Examples, *numbers: int) -> dict[str, torch.Tensor]:
+    """The batch of some examples, or of all of them."""
+    chosen = np.array(numbers or range(len(examples)))
+    return {k: torch.from_numpy(v) for k, v in task.collate(ExampleRows(chosen, chosen, examples)).items()}
+
+
+def new_model(task: Task) -> torch.nn.Module:
+    """The model of a task with its first weights."""
+    base = dataclasses.replace(task.model, vocab_size=task.tokenizer.vocab_size)
+    config = fitting_head(base, task.head, len(task.labels))
+    model = build_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 0))
+    return model
+
+
+def taught(task: Task, table: Table, steps: int) -> torch.nn.Module:
+    """A new model that has learnt from the examples of a table, 16 at a time."""
+    model, examples = new_model(task), task.encode(table)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = batch_of(task, examples, *(np.arange(16) + 16 * step) % len(examples))
+        targets = (batch["labels"] != IGNORE).sum()
+        (task.loss_rows(model, **batch).sum() / targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+def judged(task: Task, table: Table, model: torch.nn.Module) -> tuple[dict[str, float], TaskValidation]:
+    """The figures of a model on held-out examples, and what told them, in a process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        validation = TaskValidation(task, table, task.encode(table), 8)
+        figures = validation.run(
+            lambda function, **batch: function(model, **batch).double(), ALONE, torch.device("cpu")
+        )
+    finally:
+        distributed.destroy_process_group()
+    return figures, validation

@@ -1,0 +1,274 @@
+"""Every task through the real thing: 2 ranks of DeepSpeed ZeRO-2, resumed to the last bit, exported, loaded again."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from pretrain import checkpoint, compose, convert, dist, entry, finetune
+from pretrain.config import Config, ModelConfig
+from pretrain.data.tables import read_table
+from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.initial import initial_value
+from pretrain.predict import Predictor
+from tests.conftest import ROOT, torchrun
+from tests.task_data import write_examples
+
+WORKER = str(ROOT / "tests" / "dist" / "finetune_worker.py")
+SETTINGS = (
+    "train.precision=fp32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.seq_len=64",
+    "schedule=constant", "schedule.warmup_steps=0", "optim.lr=1e-3", "log=none", "deepspeed=zero2",
+    "train.eval_every=4", "task.stride=16", "task.drop_bad=true",
+)  # fmt: skip
+TASKS = {  # task: (the model it starts from, the class of transformers that it exports to)
+    "classification": ("bert", "BertForSequenceClassification"),
+    "token_classification": ("modernbert", "ModernBertForTokenClassification"),
+    "extractive_qa": ("bert", "BertForQuestionAnswering"),
+    "embedding": ("bert", "BertModel"),
+    "instruct": ("llama", "LlamaForCausalLM"),
+    "language_model": ("llama", "LlamaForCausalLM"),
+}
+MORE = {"instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4")}
+SMALL = ("model.vocab_size=512", "model.layers=2", "model.width=48", "model.heads=4", "model.max_positions=64",
+         "model.ffn_width=96")  # fmt: skip
+PRESETS = {"bert": "bert_base", "modernbert": "modernbert_10m", "llama": "llama_tiny"}
+
+
+@pytest.fixture(scope="module")
+def models(shards, tmp_path_factory):
+    """Random models of three families as runs, with a real tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    for name, preset in PRESETS.items():
+        objective = "causal_lm" if name == "llama" else "masked_lm"
+        model = compose.compose("pretrain", ["run.name=x", f"model={preset}", f"objective={objective}", *SMALL,
+                                             "train.seq_len=64", "model.kv_heads=0"]).model  # fmt: skip
+        shapes = parameter_shapes(model)
+        write(root / name, model, lambda key, shapes=shapes, model=model: initial_value(key, shapes[key], model, 0))
+        (root / name / "tokenizer.model").write_bytes((shards.parent / "tokenizer.model").read_bytes())
+    return root
+
+
+def write(folder, model: ModelConfig, read) -> None:
+    folder.mkdir()
+    checkpoint.write_weights(folder, model, read)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(scope="module")
+def runs(models, examples, environment, tmp_path_factory):
+    """Of each task: `TASK`, with dropout, in one go, `-resumed` in two; `-plain` on 2 ranks, `-alone` on 1."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def line(name: str, task: str, *more: str) -> list[str]:
+        init, data = models / TASKS[task][0], examples[task]
+        return [f"task={task}", f"init={init}", f"data.train={data}/train.jsonl", f"data.val={data}/val.jsonl",
+                f"run.root={root}", f"run.name={name}", *SETTINGS, *MORE.get(task, ()), *more]  # fmt: skip
+
+    two, one = [], []
+    for task in TASKS:
+        dropout = "model.dropout=0.1"
+        two += [
+            line(task, task, "train.steps=12", "train.save_every=4", dropout),
+            line(f"{task}-resumed", task, "train.steps=6", "train.save_every=4", dropout),
+            line(f"{task}-resumed", task, "train.steps=12", "train.save_every=4", dropout),
+            line(f"{task}-plain", task, "train.steps=4", "model.dropout=0"),
+        ]
+        one.append(line(f"{task}-alone", task, "train.steps=4", "model.dropout=0", "train.micro_batch_size=8"))
+    for ranks, listed in ((2, two), (1, one)):
+        request = root / f"runs-{ranks}.json"
+        request.write_text(json.dumps(listed))
+        command = torchrun(2, WORKER, str(request)) if ranks == 2 else [sys.executable, WORKER, str(request)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return root
+
+
+def journal(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name.startswith("val_")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, task):
+    whole, resumed = journal(runs / task), journal(runs / f"{task}-resumed")
+    for name in ("step", "tokens", "loss", "grad_norm", "lr", "batch_hash"):
+        assert [row[name] for row in resumed] == [row[name] for row in whole], name
+    assert figures(whole[11]) == figures(resumed[11]) and "val_loss" in whole[11]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_rank_learns_what_two_learn(runs, task):
+    """Also the embedding, whose loss is between all pairs of the global batch."""
+    two, one = journal(runs / f"{task}-plain"), journal(runs / f"{task}-alone")
+    assert [row["batch_hash"] for row in one] == [row["batch_hash"] for row in two]
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-4), name
+    assert figures(one[-1]) == pytest.approx(figures(two[-1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_best_checkpoint_is_kept_and_used(runs, task):
+    rows = [row for row in journal(runs / task) if "val_loss" in row]
+    result = json.loads((runs / task / "result.json").read_text())
+    sign = -1 if result["metric"] in ("val_loss", "val_bits_per_byte") else 1
+    best = max(rows, key=lambda row: (sign * row[result["metric"]], -row["step"]))
+    assert result["step"] == best["step"] and result["figures"] == figures(best)
+    assert checkpoint.to_use(runs / task).name == f"step-{best['step']:09d}"
+    kept = {path.name for path in checkpoint.committed(runs / task / "checkpoints")}
+    assert kept == {f"step-{best['step']:09d}", "step-000000012"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_is_exported_to_the_class_that_transformers_has_for_it(runs, task, tmp_path):
+    proof = convert.export_hf(runs / task, tmp_path / "exported")
+    assert proof["class"] == TASKS[task][1] and proof["max_difference"] <= 1e-4
+    ours, again = checkpoint.Weights(runs / task), convert.open_model(tmp_path / "exported")
+    for name in again.shapes:
+        assert torch.equal(again.read(name), ours.read(name)), name
+    if task.endswith("classification"):
+        theirs = json.loads((tmp_path / "exported" / "config.json").read_text())["id2label"]
+        assert list(theirs.values()) == json.loads((runs / task / "task.json").read_text())["labels"]
+
+
+def test_transformers_predicts_what_the_run_predicts_from_the_texts_themselves(runs, examples, tmp_path):
+    """Tokenizer, special ids, padding and weights together: what a user of the export gets."""
+    convert.export_hf(runs / "classification", tmp_path / "exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    table = read_table(str(examples["classification"] / "val.jsonl"), "--input")
+    told = Predictor(runs / "classification", "fp32").outputs(table, 5, lambda count: None)
+    texts = [row["text"] for row in table.rows]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")).logits
+    for row, theirs in zip(told, logits.softmax(1).tolist(), strict=True):
+        assert list(row["scores"].values()) == pytest.approx(theirs, abs=1e-5)
+        assert row["label"] == model.config.id2label[int(np.argmax(theirs))]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_run_explains_itself(runs, task):
+    folder = runs / task
+    settings: Config = compose.read(folder / "config.yaml")
+    assert settings.task.name == task == json.loads((folder / "task.json").read_text())["name"]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    source = next(event for event in events if event["kind"] == "source")
+    assert source["examples"] > 0 and source["epochs"] > 0
+    assert "Best" in (folder / "report.html").read_text()
+
+
+@pytest.fixture
+def check(models, examples, tmp_path, monkeypatch):
+    """Judge a command line as `--check` does; examples may be given as rows."""
+
+    def run(task: str, *overrides: str, train: list[dict] | None = None, val: list[dict] | None = None) -> entry.Plan:
+        files = {"train": examples[task] / "train.jsonl", "val": examples[task] / "val.jsonl"}
+        for split, rows in (("train", train), ("val", val)):
+            if rows is not None:
+                files[split] = tmp_path / f"{split}.jsonl"
+                files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        line = [f"task={task}", f"init={models / TASKS[task][0]}", "run.name=x", f"run.root={tmp_path}", *SETTINGS[:-1],
+                *(f"data.{split}={file}" for split, file in files.items()), *overrides]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["finetune", *line])
+        return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), dist.ALONE)
+
+    return run
+
+
+GOOD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+ASKED = {"id": "1", "question": "Who?", "context": "It was Ann.", "answers": {"text": ["Ann"], "answer_start": [7]}}
+MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message says)
+    "a missing column": ("classification", ["task.label=lable"], GOOD, None, r"train.jsonl has no column 'lable' \(did "
+                         r"you mean 'label'\?\): there is text, label; .* task.label="),
+    "an unknown label": ("classification", [], GOOD, [*GOOD, {"text": "c", "label": "z"}],
+                         r"val.jsonl, line 3: the label 'z' is none of x, y.* task.drop_bad=true"),
+    "one label": ("classification", [], GOOD[:1], None, r"only the label x"),
+    "an answer that is not in its context": (
+        "extractive_qa", [], [ASKED, ASKED | {"answers": {"text": ["Bob"], "answer_start": [7]}}], None,
+        r"1 examples of .*train.jsonl cannot be learnt from: .*line 2: .*Bob.* task.drop_bad=true"),
+    "an empty response": ("instruct", [], [{"prompt": "a", "response": ""}], None, r"line 1: .*empty.*"),
+    "a conversation longer than the model": (
+        "instruct", [], [{"prompt": "a", "response": "word " * 99}], None,
+        r"line 1: the conversation has \d+ tokens, train.seq_len=64"),
+    "tags and words that do not fit": ("token_classification", [], [{"tokens": ["a", "b"], "tags": ["B-X"]}], None,
+                                       r"train.jsonl, line 1: .*2 words.*1 tag"),
+    "no such figure": ("classification", ["tuning.best=val_bleu"], None, None,
+                       r"val_bleu is no figure of .*val_macro_f1"),
+    "a head alone that is none": ("language_model", ["tuning=head"], None, None, r"tuning=head: .*embedding"),
+    "a text model for responses": ("instruct", ["init=null", "model=modernbert_10m", "data.tokenizer=TOKENIZER"], None,
+                                   None, r"writes no responses"),
+    "more layers than there are": ("classification", ["tuning=last_layers", "tuning.last_layers=9"], None, None,
+                                   r"last_layers=9: the model has 2"),
+    "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),
+    "too long": ("classification", ["train.seq_len=128"], None, None, r"train.seq_len=128 .* model.max_positions=64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_before_anything_starts(check, models, tmp_path, mistake):
+    task, overrides, train, val, said = MISTAKES[mistake]
+    tokenizer = models / "bert" / "tokenizer.model"
+    with pytest.raises(ValueError, match=said):
+        check(task, *(each.replace("TOKENIZER", str(tokenizer)) for each in overrides), train=train, val=val)
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_examples_are_left_out_counted_and_named_when_that_is_wanted(check, capfd):
+    rows = [ASKED, ASKED | {"answers": {"text": ["Bob"], "answer_start": [7]}}]
+    plan = check("extractive_qa", "task.drop_bad=true", train=rows)
+    assert len(plan.stream.examples) == 1 and len(plan.stream.examples.dropped) == 1
+    assert "1 of 2 examples are left out, the first: " in capfd.readouterr().err
+    assert plan.stream.summary(1)[0]["dropped"] == 1
+
+
+def test_a_head_of_another_shape_begins_anew_and_is_listed(check, runs):
+    first = check("classification", train=GOOD, val=GOOD)
+    assert first.new_parameters == ("pooler.weight", "pooler.bias", "head.weight", "head.bias")
+    again = check("classification", f"init={runs / 'classification'}")
+    assert again.new_parameters == (), "the head it has fits"
+    other = check("classification", f"init={runs / 'classification'}", train=GOOD, val=GOOD)
+    assert other.new_parameters == ("head.weight", "head.bias")
+
+
+def test_balanced_weights_make_rare_labels_count_as_much(check):
+    rows = GOOD + [{"text": "c", "label": "x"}] * 2
+    plan = check("classification", "task.class_weights=balanced", train=rows, val=GOOD)
+    batch = {name: torch.from_numpy(part) for name, part in plan.collate(plan.stream.rows(np.arange(4))).items()}
+    model = build_model(plan.model).eval()
+    weighted = plan.loss_rows(model, **batch)
+    plain = check("classification", train=rows, val=GOOD).loss_rows(model, **batch)
+    expected = torch.where(batch["labels"] == 0, 4 / (2 * 3), 4 / (2 * 1))
+    torch.testing.assert_close(weighted / plain, expected)
+
+
+METHODS = {
+    "full": lambda name: True,
+    "head": lambda name: not name.startswith("trunk."),
+    "last_layers tuning.last_layers=1": lambda name: "blocks.0." not in name and "embedding" not in name
+    and not name.startswith(("trunk.positions", "trunk.segments")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_what_learns(check, method):
+    plan = check("classification", *f"tuning={method}".split())
+    for name in parameter_shapes(plan.model):
+        assert plan.trainable(name) == METHODS[method](name), name
+
+
+def test_the_learning_rate_decays_from_layer_to_layer(check):
+    scale = check("classification", "tuning.layer_lr_decay=0.5").lr_scale
+    found = {name: scale(name) for name in ("head.weight", "trunk.blocks.1.ffn.up.weight", "trunk.blocks.0.ffn.up.bias",
+                                            "trunk.embedding.weight")}  # fmt: skip
+    assert list(found.values()) == [1.0, 0.5, 0.25, 0.125]

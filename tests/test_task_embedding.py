@@ -1,0 +1,219 @@
+"""Embeddings: the loss of a whole global batch in any split, vectors ranks and figures of held-out pairs."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import compose
+from pretrain.data.tables import read_table
+from pretrain.data.tasks import ExampleRows
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.tasks import contrast, embedding
+from pretrain.tasks.contrast import Pairs, gradients, log_normalisers, pair_losses
+from pretrain.tasks.embedding import Embedding, ranked
+from tests.conftest import ROOT, torchrun
+
+WORKER = str(ROOT / "tests" / "dist" / "contrast_worker.py")
+MODEL = ["model=llama_tiny", "model.causal=false", "model.head=embedding", "model.pooling=mean"]
+
+
+@pytest.fixture
+def new_task(shards):
+    def make(*overrides: str, seq_len: int = 16) -> Embedding:
+        cfg = compose.compose("finetune", ["task=embedding", "run.name=x", "data.train=x", *MODEL, *overrides])
+        return Embedding(cfg.task, load_tokenizer(shards), cfg.model, seq_len, "none", 0)
+
+    return make
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(*rows: dict):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_table(str(path), "data.val")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, environment):
+    """{number of ranks: what contrast_worker.py found}."""
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp(f"contrast-{ranks}") / "out.json"
+        command = torchrun(2, WORKER, str(out)) if ranks == 2 else [sys.executable, WORKER, str(out)]
+        subprocess.run(command, env=environment, check=True, timeout=120)
+        found[ranks] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loss_and_gradient_are_those_of_the_whole_batch_in_one_graph(results, ranks):
+    """With any micro-batches, ZeRO stage and dropout, which is drawn for each rank and micro-batch."""
+    steps = results[ranks]["steps"]
+    for found in steps:
+        assert found["loss"] == pytest.approx(found["expected"], rel=1e-6)
+        assert found["norm"] == pytest.approx(found["expected_norm"], rel=1e-6)
+        assert found["worst"] < 1e-6 * found["scale"] and found["scale"] > 1
+    whole = results[1]["steps"][0]["loss"]
+    assert [found["loss"] == pytest.approx(whole, rel=1e-6) for found in steps] == [True, True, False, False]
+
+
+def test_figures_do_not_depend_on_ranks_and_batches(results):
+    figures = [results[ranks][f"figures-{micro}"] for ranks in (1, 2) for micro in (2, 4)]
+    assert all(found == pytest.approx(figures[0], rel=1e-6) for found in figures)
+    assert figures[0]["val_loss"] == pytest.approx(results[1]["steps"][0]["loss"], rel=1e-6), "the same pairs"
+    assert 0 < figures[0]["val_mrr"] < 1
+
+
+def random_pairs(count: int, width: int = 8) -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    vectors = F.normalize(torch.randn(count, 2, width, dtype=torch.float64, generator=generator), dim=-1)
+    return Pairs(vectors, torch.arange(2 * count).view(count, 2))
+
+
+def plain_losses(pairs: Pairs, temperature: float) -> torch.Tensor:
+    places = torch.arange(len(pairs.texts))
+    alike = (pairs.texts[:, None] == pairs.texts).any(2) & (places[:, None] != places)
+    scores = (pairs.vectors[:, 0] @ pairs.vectors[:, 1].T / temperature).masked_fill(alike, -math.inf)
+    ways = [F.cross_entropy(table, places, reduction="none") for table in (scores, scores.T)]
+    return (ways[0] + ways[1]) / 2
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+@pytest.mark.parametrize("cells", [1, 30, 1 << 24])
+def test_the_formulas_are_what_autograd_finds_for_a_part_of_the_pairs(temperature, cells, monkeypatch):
+    monkeypatch.setattr(contrast, "CELLS_AT_ONCE", cells)
+    everyone = random_pairs(12)
+    everyone.texts[3, 1], everyone.texts[7, 0], everyone.texts[9] = everyone.texts[5, 1], 4, everyone.texts[1]
+    everyone.vectors.requires_grad_()
+    expected = plain_losses(everyone, temperature)
+    expected.sum().backward()
+    with torch.no_grad():
+        normalisers = log_normalisers(everyone, everyone, temperature)
+        for part in (slice(0, 12), slice(4, 10)):
+            mine = Pairs(everyone.vectors[part], everyone.texts[part])
+            own = log_normalisers(mine, everyone, temperature)
+            torch.testing.assert_close(pair_losses(mine, own, temperature), expected[part], rtol=0, atol=1e-13)
+            found = gradients(mine, everyone, own, normalisers, temperature)
+            torch.testing.assert_close(found, everyone.vectors.grad[part], rtol=0, atol=1e-13)
+
+
+def test_the_loss_of_hand_made_pairs():
+    """Of pairs at right angles to each other, each has N - 1 negatives, fewer where texts are shared."""
+    pairs = Pairs(torch.eye(4)[:, None].expand(4, 2, 4), torch.arange(8).view(4, 2))
+    losses = pair_losses(pairs, log_normalisers(pairs, pairs, 0.5), 0.5)
+    assert losses.tolist() == pytest.approx([math.log(1 + 3 * math.exp(-2))] * 4)
+    pairs.texts[1, 1] = pairs.texts[0, 1]  # the document of two queries
+    shared = pair_losses(pairs, log_normalisers(pairs, pairs, 0.5), 0.5)
+    assert shared.tolist() == pytest.approx([math.log(1 + n * math.exp(-2)) for n in (2, 2, 3, 3)])
+    alone = Pairs(pairs.vectors[:1], pairs.texts[:1])
+    assert pair_losses(alone, log_normalisers(alone, alone, 0.5), 0.5).tolist() == pytest.approx([0.0])
+
+
+def test_batches_hold_both_texts_with_their_special_ids_cut_to_the_length(new_task, table):
+    task = new_task(seq_len=8)
+    pairs = table({"query": "list", "document": "def f(a, b): return {a: b}"}, {"query": "dict", "document": "list"})
+    examples = task.encode(pairs)
+    tokenizer, columns = task.tokenizer, examples.columns
+    assert columns["inputs"][0].tolist() == [*tokenizer.prefix, *tokenizer.encode("list"), *tokenizer.suffix]
+    room = 8 - len(tokenizer.prefix) - len(tokenizer.suffix)
+    cut = tokenizer.encode("def f(a, b): return {a: b}")[:room]
+    assert columns["inputs_document"][0].tolist() == [*tokenizer.prefix, *cut, *tokenizer.suffix]
+    assert examples.lengths.tolist() == [8 + len(columns["inputs"][0]), sum(len(columns[n][1]) for n in columns) - 2]
+    batch = task.collate(ExampleRows(np.arange(2), np.arange(2), examples))
+    assert batch["texts"].tolist() == [[0, 1], [2, 0]], "the same text has the same number on either side"
+    assert (batch["labels"] == 0).all() and batch["inputs_document"].shape == (2, 8)
+    padded = 8 - len(columns["inputs"][0])
+    assert batch["documents_document"].tolist() == [[0] * 8, [0] * (8 - padded) + [-1] * padded]
+
+
+def test_rows_that_teach_nothing_are_named_or_left_out(new_task, table):
+    rows = [{"query": "a", "document": "b"}, {"query": "a", "document": " \n"}]
+    with pytest.raises(ValueError, match=r"1 examples.*pairs.jsonl, line 2: 'document' is empty.*task.drop_bad=true"):
+        new_task().encode(table(*rows))
+    left = new_task("task.drop_bad=true").encode(table(*rows))
+    assert left.rows.tolist() == [0] and len(left.dropped) == 1
+    for score, reason in (("high", "score='high' is no number"), (math.inf, "score=1e999 is not finite")):
+        written = table(*(row | {"document": "c", "score": score if score == "high" else "1e999"} for row in rows))
+        with pytest.raises(ValueError, match=reason):
+            new_task().encode(written)
+
+
+def test_pairs_to_learn_from_are_not_scored(new_task, table):
+    scored = table({"query": "a", "document": "b", "score": 0.1})
+    with pytest.raises(ValueError, match=r"pairs.jsonl has the column 'score'.*task.score=..."):
+        Embedding.settled(new_task().config, scored)
+    other = new_task("task.score=similarity").config
+    assert Embedding.settled(other, scored) is other
+
+
+def vectors_at(*degrees: float) -> torch.Tensor:
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+@pytest.mark.parametrize("cells", [1, 1 << 24])
+def test_ranks_among_all_different_documents(cells, monkeypatch):
+    monkeypatch.setattr(embedding, "CELLS_AT_ONCE", cells)
+    queries, documents = vectors_at(0, 90, 40, 0, 47), vectors_at(10, 60, 60, 5, 80)
+    texts = torch.tensor([[0, 10], [1, 11], [2, 11], [0, 12], [4, 13]])  # 1 and 2 share a document, 0 and 3 a query
+    ranks, nearest = ranked(Pairs(torch.stack([queries, documents], 1), texts))
+    # 12 is nearer to the first query than 10, and as right; to the second one 13 is the nearest, to the last one 11
+    assert ranks.tolist() == [1, 2, 1, 1, 2]
+    assert [texts[pair, 1].item() for pair in nearest] == [10, 13, 11, 12, 11]
+
+
+def test_a_tie_or_no_number_is_no_success():
+    same = torch.ones(3, 2, 4) / 2
+    assert ranked(Pairs(same, torch.arange(6).view(3, 2)))[0].tolist() == [3, 3, 3]
+    assert ranked(Pairs(same * math.nan, torch.arange(6).view(3, 2)))[0].tolist() == [3, 3, 3]
+
+
+def test_figures_and_details_of_held_out_pairs(new_task, table):
+    task = new_task("task.temperature=0.5")
+    pairs = table(*({"query": f"q{n}", "document": f"d{n}"} for n in range(3)))
+    vectors = torch.stack([vectors_at(0, 90, 30), vectors_at(0, 60, 90)], 1)
+    examples = task.encode(pairs)
+    figures, details, facts = task.score(pairs, examples, vectors.flatten(1).numpy())
+    assert figures.pop("loss") == pytest.approx(
+        plain_losses(Pairs(vectors, torch.arange(6).view(3, 2)), 0.5).mean().item()
+    )
+    assert figures == pytest.approx({
+        "recall_at_1": 1 / 3, "recall_at_10": 1, "mrr": (1 + 1 / 2 + 1 / 3) / 3,
+        "ndcg_at_10": (1 + 1 / math.log2(3) + 1 / 2) / 3,
+    })  # fmt: skip
+    assert set(figures) < set(task.figures) and task.best.removeprefix("val_") in figures and facts == {"documents": 3}
+    assert details[1] == {"query": "q1", "gold": "d1", "prediction": "d2", "rank": 2, "right": False}
+    assert [row["right"] for row in details] == [True, False, False]
+
+
+def test_scored_pairs_have_a_correlation_instead(new_task, table):
+    task = new_task()
+    scored = table(*({"query": f"q{n}", "document": f"d{n}", "score": score} for n, score in enumerate((5, "3.5", 0))))
+    examples = task.encode(scored)
+    vectors = torch.stack([vectors_at(0, 0, 0), vectors_at(20, 90, 60)], 1).flatten(1).numpy()
+    figures, details, _ = task.score(scored, examples, vectors)
+    assert figures == {"spearman": pytest.approx(0.5)}  # ranks 3, 2, 1 beside 3, 1, 2
+    assert details[1] == {"query": "q1", "document": "d1", "gold": 3.5, "prediction": pytest.approx(0, abs=1e-7)}
+    told = task.outputs(scored, examples, vectors)
+    assert [row["similarity"] for row in told] == pytest.approx(
+        [math.cos(math.radians(a)) for a in (20, 90, 60)], abs=1e-6
+    )
+
+
+def test_queries_alone_give_their_vectors(new_task, table):
+    task = new_task()
+    queries = table({"query": "q0"}, {"query": ""})
+    examples = task.encode(queries, with_gold=False)
+    batch = task.collate(ExampleRows(np.arange(2), np.arange(2), examples))
+    tensors = {name: torch.from_numpy(column) for name, column in batch.items()}
+    found = task.score_rows(lambda tokens, documents: vectors_at(0, 30), **tensors)[:, 2:].numpy()
+    assert task.outputs(queries, examples, found) == [{"embedding": [1, 0]}, {"embedding": [0.866025, 0.5]}]
