@@ -28,7 +28,7 @@ CHOICES = {
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "deepspeed.stage": (0, 1, 2, 3),
-    "task.name": tuple(TASKS),
+    "task.name": TASKS,
     "task.class_weights": ("none", "balanced"),
     "task.figures": ("none", "translation", "summaries", "answers"),
     "tuning.method": ("full", "head", "last_layers", "lora"),
@@ -135,6 +135,12 @@ def _check_tuning(config: Config) -> None:
         raise ValueError("train.phases and data.weights are for shards of tokens (pretrain.train), not for examples")
     if config.tuning.method == "last_layers" and config.tuning.last_layers > config.model.layers:
         raise ValueError(f"tuning.last_layers={config.tuning.last_layers}: the model has {config.model.layers} layers")
+    if not config.data.val and (config.tuning.best or config.tuning.early_stopping):
+        raise ValueError("tuning.best and tuning.early_stopping judge held-out examples: give data.val")
+    if config.task.multi_label and config.task.class_weights != "none":
+        raise ValueError("task.class_weights is for one label a text: leave it out with task.multi_label=true")
+    if config.task.figures != "none" and not config.task.generate_samples:
+        raise ValueError(f"task.figures={config.task.figures} is of responses: give task.generate_samples")
     if config.data.packing == "window":
         raise ValueError("data.packing=window is for shards of tokens: take best_fit or none")
     if config.model.lora_rank:

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, config, convert, dist, engine, hardware, loop, report
+from pretrain import checkpoint, compose, config, convert, dist, engine, generate, hardware, loop, report
 from pretrain.config import Config, ModelConfig
 from pretrain.data.stream import DataError, Stream
 from pretrain.data.tasks import ExampleStream
@@ -40,7 +41,6 @@ class Plan:
     identity: dict  # of the data: another one is another run
     changes: tuple[str, ...]  # of the config, since the run was last started
     new_parameters: tuple[str, ...]  # those that `init` does not have
-    at_end: Callable[["Plan", int, Best | None], None]  # on the main rank, with the last step
     files: dict[str, bytes]  # further ones of the run's folder
     trainable: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
@@ -178,8 +178,10 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         start_step,
     )  # fmt: skip
     if ranks.is_main:
-        if start_step < step:
-            plan.at_end(plan, step, best)
+        if start_step < step == cfg.train.steps:
+            write_sample(plan, step)
+        if best and best.step is not None:
+            log.say(f"{cfg.run.name}: {best.told()}; {folder / checkpoint.RESULT}")
         log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
         log.close()
 
@@ -244,3 +246,15 @@ def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
             fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
     trainer.refresh(0)
     return 0
+
+
+def write_sample(plan: Plan, step: int) -> None:
+    """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the run's samples."""
+    settings, folder = plan.config.log, plan.config.run.folder
+    if settings.sample_tokens == 0 or not plan.model.causal or plan.model.head != "lm":
+        return
+    model = checkpoint.load_model(checkpoint.step_folder(folder / "checkpoints", step))
+    text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
+    with open(folder / "samples.jsonl", "a") as file:
+        sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}
+        file.write(json.dumps(sample) + "\n")

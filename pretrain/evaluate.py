@@ -59,6 +59,12 @@ class Best:
             self._write(evaluation)
         return is_best
 
+    def told(self) -> str:
+        """The best evaluation, in a line."""
+        figures = {name: value for name, value in self.row.items() if name.startswith("val_") and value is not None}
+        listed = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
+        return f"best {self.metric.removeprefix('val_')} at step {self.step} ({listed})"
+
     @property
     def is_over(self) -> str | None:
         """Why the run should end now, or None."""

@@ -18,7 +18,6 @@ from pretrain.config import Config, ModelConfig
 from pretrain.data.tables import Table, read_table
 from pretrain.data.tasks import Examples, ExampleStream
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.evaluate import Best
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf import fitting_head
 from pretrain.model.transformer import flops_per_token
@@ -40,6 +39,8 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
     cfg = replace(cfg, train=config.with_steps(cfg.train, len(examples)))
     model = tuned_model(cfg, task, base)
+    if model.head != "lm" and (cfg.objective.name != "causal_lm" or cfg.objective.z_loss):
+        raise ValueError(f"objective is for language models: leave it as it is with task={cfg.task.name}")
     identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256}
     validation = open_validation(cfg, task)
     best = cfg.tuning.best or (task.best_on(validation.examples) if validation else task.best)
@@ -53,7 +54,6 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
         new_parameters=new_parameters(cfg, model, task, ranks) if cfg.init and entry.begins(cfg) else (),
-        at_end=show_result,
         files={"task.json": (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()},
         trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
         best_metric=best if cfg.data.val else None,
@@ -105,16 +105,6 @@ def open_validation(cfg: Config, task: Task) -> TaskValidation | None:
         return None
     table = read_table(cfg.data.val, "data.val").some(cfg.train.eval_samples)
     return TaskValidation(task, table, encode(task, table), cfg.train.micro_batch_size)
-
-
-def show_result(plan: entry.Plan, step: int, best: Best | None) -> None:
-    """Say which evaluation was the best."""
-    if best is None or best.step is None:
-        return
-    figures = {name: value for name, value in best.row.items() if name.startswith("val_") and value is not None}
-    told = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
-    print(f"{plan.config.run.name}: best {best.metric.removeprefix('val_')} at step {best.step} of {step} ({told}); "
-          f"{plan.config.run.folder / checkpoint.RESULT}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

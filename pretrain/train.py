@@ -7,18 +7,16 @@ command continues the run.
 """
 
 import functools
-import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import checkpoint, checks, config, dist, engine, entry, generate
+from pretrain import checkpoint, checks, config, dist, engine, entry
 from pretrain.config import Config
 from pretrain.data import opening
 from pretrain.data.objectives import batch_of, make_objective
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.evaluate import Best, Validation
+from pretrain.evaluate import Validation
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
 
@@ -54,7 +52,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
         new_parameters=entry.check_initial_weights(cfg, model, ranks) if starts_from_another else (),
-        at_end=write_sample, files={},
+        files={},
     )  # fmt: skip
 
 
@@ -75,18 +73,6 @@ def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> V
     ordered = opening.open_held_out(cfg.data.val, cfg.data, cfg.train.seq_len, tokenizer)
     samples, micro = cfg.train.eval_samples, cfg.train.micro_batch_size
     return Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
-
-
-def write_sample(plan: entry.Plan, step: int, best: Best | None) -> None:
-    """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the samples of a finished run."""
-    settings = plan.config.log
-    if settings.sample_tokens == 0 or not plan.model.causal or step < plan.config.train.steps:
-        return
-    model = checkpoint.load_model(plan.config.run.folder)
-    text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
-    with open(plan.config.run.folder / "samples.jsonl", "a") as file:
-        sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}
-        file.write(json.dumps(sample) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every task through the real thing: 2 ranks of DeepSpeed ZeRO-2, resumed to the last bit, exported, loaded again."""
 
+import html
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.data.tables import read_table
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
+from pretrain.page import words
 from pretrain.predict import Predictor
 from tests.conftest import ROOT, torchrun
 from tests.task_data import write_examples
@@ -165,7 +167,10 @@ def test_the_run_explains_itself(runs, task):
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     source = next(event for event in events if event["kind"] == "source")
     assert source["examples"] > 0 and source["epochs"] > 0
-    assert "Best" in (folder / "report.html").read_text()
+    page, result = (folder / "report.html").read_text(), json.loads((folder / "result.json").read_text())
+    assert f"The best evaluation by {words(result['metric'].removeprefix('val_'))}: step {result['step']}" in page
+    for row in map(json.loads, (folder / "predictions.jsonl").read_text().splitlines()):
+        assert row["right"] or html.escape(str(row["prediction"])) in page
 
 
 @pytest.fixture

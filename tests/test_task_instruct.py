@@ -27,7 +27,7 @@ CHATML = (
 )
 TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Is <|im_end|> text?"),
         ("assistant", "Yes 🎉")]  # fmt: skip
-NO_PACKING = "data.packing=window"
+NO_PACKING = "data.packing=none"
 
 
 def talk(*turns: tuple[str, str]) -> dict:
@@ -162,7 +162,7 @@ def some_rows() -> list[dict]:
 
 def test_packing_changes_no_loss_and_no_gradient(tokenizers, tmp_path):
     table, found = table_of(tmp_path, *some_rows()), {}
-    for packing in ("best_fit", "window"):
+    for packing in ("best_fit", "none"):
         task = make("instruct", tokenizers["bytes"], f"data.packing={packing}")
         examples = task.encode(table)
         model = new_model(tokenizers["bytes"])
@@ -180,12 +180,12 @@ def test_packing_changes_no_loss_and_no_gradient(tokenizers, tmp_path):
             assert examples.rows.tolist() == [7, 3, 2, 6, 4], "of each row its longest conversation"
         else:
             assert len(examples) == 8 and "documents" not in batch, "padding behind a row needs no mask"
-    assert found["best_fit"][0] == pytest.approx(found["window"][0], rel=1e-6)
-    assert torch.allclose(found["best_fit"][2], found["window"][2], rtol=1e-6)
+    assert found["best_fit"][0] == pytest.approx(found["none"][0], rel=1e-6)
+    assert torch.allclose(found["best_fit"][2], found["none"][2], rtol=1e-6)
     for name, gradient in found["best_fit"][1].items():
-        assert torch.allclose(gradient, found["window"][1][name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(gradient, found["none"][1][name], rtol=1e-4, atol=1e-5), name
     counts = [len(row["response"]) + 1 for row in some_rows()]
-    assert found["window"][2][1] == sum(counts)
+    assert found["none"][2][1] == sum(counts)
 
 
 # What cannot be learnt from

@@ -102,7 +102,7 @@ def read_run(args: argparse.Namespace, folder: Path) -> Config:
     cfg = compose.read(folder / "config.yaml")
     if cfg.task is not None:
         raise ValueError(f"{folder} was fine-tuned for {cfg.task.name}: its figures are in result.json, and "
-                         "python -m pretrain.predict has them of other data")  # fmt: skip
+                         f"tools/predict.py {folder} --input FILE --score has them of other data")  # fmt: skip
     if not (args.data or cfg.data.val):
         raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
     return replace(cfg, data=replace(cfg.data, val=args.data or cfg.data.val))

@@ -88,7 +88,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def open_model(path: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
-    """The model where it computes fastest, its tokenizer, and the tokens of the texts that it knows."""
+    """The model on the GPU if there is one, its tokenizer, and the tokens of the texts that it knows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = checkpoint.run_of(path)
     config = folder / "config.yaml"
