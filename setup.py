@@ -37,6 +37,7 @@ setup(
         "tqdm",
         "zstandard",
         "fsspec",
+        "jinja2>=3.1.6",
         "matplotlib",
     ],
     extras_require={

@@ -3,14 +3,14 @@
 Everything in it comes from the run's own files; what a run does not have is left out.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pretrain import compose
+from pretrain import compose, page
 from pretrain.config import ModelConfig
+from pretrain.files import EVALUATION, IMPORTED, TASK, read_lines, read_object
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask", "AutoModel": "feature-extraction",
@@ -20,6 +20,10 @@ PIPELINES = {
 USES = {
     "AutoModelForCausalLM": '''\
 inputs = tokenizer("The history of the city begins", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))''',
+    "chat": '''\
+messages = [{"role": "user", "content": "How does the history of the city begin?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))''',
     "AutoModelForMaskedLM": '''\
 inputs = tokenizer("The history of the city", return_tensors="pt")
@@ -50,6 +54,10 @@ folder = "."  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder{extra})
 {use}"""
+CHAT_WARNING = """
+In training, whatever a message held was text. transformers takes the text of a special token in a message for the
+token: remove such texts from messages that others write.
+"""
 LOAD_SENTENCES = """\
 from sentence_transformers import SentenceTransformer
 
@@ -81,10 +89,8 @@ def model_card(
         **_training(run, step),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    extra = ", add_pooling_layer=False" if auto == "AutoModel" and config.head == "none" else ""
-    scale = "sigmoid()" if hf.get("problem_type") == "multi_label_classification" else "softmax(-1)"
-    use = USES[auto].format(scale=scale) if "{scale}" in USES[auto] else USES[auto]
-    load = LOAD_SENTENCES if is_embedding else LOAD.format(auto=auto, extra=extra, use=use)
+    is_chat = bool(read_object(run / TASK).get("chat"))
+    load = LOAD_SENTENCES if is_embedding else _load(auto, config, hf, USES["chat" if is_chat else auto])
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -99,7 +105,7 @@ def model_card(
 ```python
 {load}
 ```
-
+{CHAT_WARNING if is_chat else ""}
 ## Checked
 
 Before this folder got its name, it was loaded with transformers {proof["transformers"]} ({proof["class"]}) and compared
@@ -109,6 +115,12 @@ ids differ by at most {proof["max_difference"]:.1e} (fp32), {_continued(proof)}t
 """
 
 
+def _load(auto: str, config: ModelConfig, hf: dict[str, Any], use: str) -> str:
+    extra = ", add_pooling_layer=False" if auto == "AutoModel" and config.head == "none" else ""
+    scale = "sigmoid()" if hf.get("problem_type") == "multi_label_classification" else "softmax(-1)"
+    return LOAD.format(auto=auto, extra=extra, use=use.format(scale=scale) if "{scale}" in use else use)
+
+
 def _continued(proof: dict[str, Any]) -> str:
     count = proof["continued_tokens"]
     return f"{count} tokens of greedy continuations agree, " if count else ""
@@ -116,10 +128,9 @@ def _continued(proof: dict[str, Any]) -> str:
 
 def _source(run: Path) -> dict[str, str]:
     """Of an imported model: where it came from."""
-    path = run / "imported.json"
-    if not path.is_file():
+    imported = read_object(run / IMPORTED)
+    if not imported:
         return {}
-    imported = json.loads(path.read_text())
     hashes = ", ".join(f"{name} {digest[:12]}" for name, digest in imported["sha256"].items())
     return {"imported from": f"{imported['source']} ({imported['architecture']})", "its files (sha256)": hashes}
 
@@ -127,18 +138,18 @@ def _source(run: Path) -> dict[str, str]:
 def _training(run: Path, step: int) -> dict[str, str]:
     """Of a trained one: how long, how, on what, how well."""
     facts = {"step": f"{step:,}"} if step else {}
-    task = _json(run / "task.json")
+    task = read_object(run / TASK)
     unit = "target" if task else "token"
     if task:
         facts["task"] = task["name"]
-    rows = [row for row in _rows(run / "metrics.jsonl") if row["step"] <= step]
+    rows = [row for row in read_lines(run / "metrics.jsonl") if row["step"] <= step]
     if rows:
         facts |= {"tokens seen": f"{rows[-1]['tokens']:,}", "training loss": f"{rows[-1]['loss']:.4f} nats a {unit}"}
-    validated = [row for row in rows if "val_loss" in row]
+    validated = [row for row in rows if any(name.startswith("val_") for name in row)]
     if validated:
         facts[f"validation at step {validated[-1]['step']:,}"] = _quality(validated[-1], unit)
-    evaluated = _json(run / "evaluation.json")
-    if evaluated and evaluated["step"] == step:
+    evaluated = read_object(run / EVALUATION)
+    if evaluated.get("step") == step:
         facts["evaluation on all held-out text"] = _quality(evaluated, unit)
     if (run / "config.yaml").is_file():
         config = compose.read(run / "config.yaml")
@@ -151,24 +162,16 @@ def _training(run: Path, step: int) -> dict[str, str]:
         batch = config.train.global_batch_size
         facts["batch"] = f"{batch} examples" if task else f"{batch} x {config.train.seq_len} tokens"
         facts["seed"] = str(config.seed)
-    return facts | {f"data: {key}": f"`{value}`" for key, value in _json(run / "data.json").items()}
+    return facts | {f"data: {key}": f"`{value}`" for key, value in read_object(run / "data.json").items()}
 
 
 def _quality(row: dict[str, Any], unit: str) -> str:
-    told = [f"loss {row['val_loss']:.4f} nats a {unit}"]
-    for key, value in row.items():
-        if key == "val_bits_per_byte" and value is not None:
+    told = []
+    for name, value in row.items():
+        if not name.startswith("val_") or value is None:
+            continue
+        if name == "val_bits_per_byte":
             told.append(f"{value:.4f} bits per byte")
-        elif key.startswith("val_") and key != "val_loss" and value is not None:
-            told.append(f"{key.removeprefix('val_').replace('_', ' ')} {value:.4f}")
+        else:
+            told.append(f"{page.words(name)} {value:.4f}" + f" nats a {unit}" * (name == "val_loss"))
     return ", ".join(told)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The journal, without a last line that is still being written."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import ModelConfig
+from pretrain.config import ADDED_TO_MODELS, ModelConfig
 from pretrain.dist import ALONE, Ranks, all_gather_objects, new_cpu_group
 from pretrain.engine import WEIGHT, Fragment
-from pretrain.files import check_room, sync_folder, write_synced
+from pretrain.files import RESULT, check_room, sync_folder, write_synced
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.lora import adapted, merged, without_lora
 from pretrain.saved import MANIFEST, Header, Reader, fragment_key, manifest_bytes, read_manifest, verify_file
@@ -31,7 +31,6 @@ from pretrain.tensors import Spec, serialize, split, write_file
 STAGING, DISCARDED, BAD = ".staging-", ".discarded-", "bad-"
 ATTEMPTS = 2
 NO_OPTIMIZER = "none"
-RESULT = "result.json"  # of a fine-tuned run: its best figure and the step of that
 WEIGHTS_FILE_BYTES = 4 << 30  # of a checkpoint that holds weights only; its files are verified by the ranks in parallel
 
 
@@ -234,10 +233,11 @@ class Weights:
         self.checkpoint = to_use(run_or_checkpoint)
         self._reader = Reader(self.checkpoint)
         self.header = self._reader.header
-        if differing := set(self.header.model) ^ set(ModelConfig.__dataclass_fields__):
+        model = ADDED_TO_MODELS | self.header.model
+        if differing := set(model) ^ set(ModelConfig.__dataclass_fields__):
             raise ValueError(f"{self.checkpoint} is of another version, whose models have other settings than this "
                              f"one's: {', '.join(sorted(differing))}")  # fmt: skip
-        self._saved_config = ModelConfig(**self.header.model)
+        self._saved_config = ModelConfig(**model)
         self._saved_shapes = parameter_shapes(self._saved_config)
         self.config = without_lora(self._saved_config)
         self.shapes = parameter_shapes(self.config)
@@ -272,10 +272,15 @@ def load_model(run_or_checkpoint: Path) -> torch.nn.Module:
     """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
     weights = Weights(run_or_checkpoint)
     verify(weights.checkpoint)
-    model = build_model(weights.config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights.read(name))
-    return model
+    return filled_model(weights.config, weights.read)
+
+
+def filled_model(model: ModelConfig, read: Callable[[str], torch.Tensor]) -> torch.nn.Module:
+    """A model with `read(name)` for each parameter, in fp32 on the CPU, ready to evaluate."""
+    filled = build_model(model).eval().requires_grad_(False)
+    for name, parameter in filled.named_parameters():
+        parameter.copy_(read(name))
+    return filled
 
 
 def write_weights(

@@ -6,6 +6,7 @@ nearest right name.
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.checks import check
-from pretrain.config import Config
+from pretrain.config import ADDED_TO_MODELS, Config
 
 ReadModel = Callable[[str], dict[str, Any]]
 
@@ -87,8 +88,15 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
     file) is refused like any other.
     """
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        merged = OmegaConf.merge(_schema(), plain)
+        return _checked(OmegaConf.to_container(cfg, resolve=True), origin)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain_key(error, origin)) from error
+
+
+def _checked(plain: dict[str, Any], origin: Origin) -> Config:
+    """Plain values -> `Config`. Text is taken as it is: a label that looks like an interpolation is a label."""
+    try:
+        merged = OmegaConf.merge(_schema(), _escaped(plain))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"{missing[0]} has no value: add {missing[0]}=... to the command line")
@@ -126,7 +134,22 @@ def read(path: Path) -> Config:
     """Read a run's resolved `config.yaml`."""
     if not path.is_file():
         raise ValueError(f"no config.yaml in {path.parent}: is this a run's folder (runs/NAME)?")
-    return from_hydra(OmegaConf.create(yaml.safe_load(path.read_text())))
+    saved = yaml.safe_load(path.read_text())
+    try:
+        saved["model"] = ADDED_TO_MODELS | saved["model"]
+        saved["train"] = {"epochs": 0.0} | saved["train"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not the config of a run") from None
+    return _checked(saved, Origin())
+
+
+def _escaped(value: Any) -> Any:
+    """Plain values in which OmegaConf finds no interpolations."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _schema() -> Any:

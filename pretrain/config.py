@@ -257,6 +257,10 @@ class Config:
     tuning: Optional[TuningConfig] = None  # noqa: UP045
 
 
+# Keys that models of earlier versions lack, with what those models are.
+ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
+
+
 # A change of these makes another run; of anything else, the same run under other conditions.
 UNSAFE_TO_CHANGE = (
     "seed", "init", "data.packing", "data.document_mask", "model", "objective", "optim.name", "task", "tuning",

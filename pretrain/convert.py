@@ -19,18 +19,19 @@ from tqdm import tqdm
 from pretrain import checkpoint, parity
 from pretrain.card import model_card
 from pretrain.config import ModelConfig
+from pretrain.data.chat import ChatFormat
+from pretrain.data.fast import TEMPLATE_NAME
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.files import check_room, lock, sha256_of_file, sync_folder, write_synced
-from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.files import IMPORTED, TASK, check_room, lock, sha256_of_file, sync_folder, write_synced
+from pretrain.hardware import DTYPES
+from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf import auto_class, hf_tensors, label_settings, to_hf_config
 from pretrain.model.hf_parts import LABELLED
 from pretrain.model.hf_sentences import sentence_files
-from pretrain.source import TASK_OF, Source, check_vocabulary, open_source
+from pretrain.source import TASK_OF_HEAD, Source, check_vocabulary, open_source
 from pretrain.tensors import Spec, write_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INSTALL = "pip install 'pretrain[hf]'"
-IMPORTED, TASK = "imported.json", "task.json"
 
 
 def open_model(path: Path) -> checkpoint.Weights | Source:
@@ -44,11 +45,8 @@ def load_model(path: Path) -> torch.nn.Module:
     """The model of a run, of one of its checkpoints, or of a Hugging Face folder, in fp32 on the CPU, ready to use."""
     weights = open_model(path)
     if isinstance(weights, checkpoint.Weights):
-        return checkpoint.load_model(path)
-    model = build_model(weights.config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights.read(name))
-    return model
+        checkpoint.verify(weights.checkpoint)
+    return checkpoint.filled_model(weights.config, weights.read)
 
 
 def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: bool = True) -> dict[str, Any]:
@@ -88,10 +86,10 @@ def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: b
 def task_of(path: Path) -> dict[str, Any]:
     """What a model of `open_model` was tuned for, as a run's task.json says it; empty where for nothing."""
     weights = open_model(path)
-    return weights.task if isinstance(weights, Source) else read_task(checkpoint.run_of(path), weights.config)
+    return weights.task if isinstance(weights, Source) else task_of_run(checkpoint.run_of(path), weights.config)
 
 
-def read_task(run: Path, config: ModelConfig) -> dict[str, Any]:
+def task_of_run(run: Path, config: ModelConfig) -> dict[str, Any]:
     """A run's task.json, empty where it has none."""
     if not (run / TASK).is_file():
         return {}
@@ -114,7 +112,8 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
     folder, config = checkpoint.run_of(Path(run)), weights.config
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config)
-    hf = hf_config(config, tokenizer, dtype, read_task(folder, config))
+    task = task_of_run(folder, config)
+    hf = hf_config(config, tokenizer, dtype, task)
     listed = {tensor.name: tensor for tensor in hf_tensors(config, hf["model_type"])}
     specs = [Spec(name, DTYPES[dtype], tensor.shape) for name, tensor in listed.items()]
 
@@ -131,7 +130,7 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
         with tqdm(total=saved + size, desc="exporting", unit="B", unit_scale=True) as bar:
             checkpoint.verify(weights.checkpoint, on_bytes=bar.update)
             write_folder(staging, specs, read_theirs, int(shard_gb * 1e9), bar.update)
-        for name, content in small_files(hf, tokenizer, config).items():
+        for name, content in small_files(hf, tokenizer, config, task).items():
             (staging / name).parent.mkdir(exist_ok=True)
             write_synced(staging / name, content)
         proof = compared(staging, config, read_rounded, tokenizer, staging)
@@ -145,7 +144,7 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, task: dict[str, Any]) -> dict[str, Any]:
     """config.json, with the tokenizer's special ids and the names of a task's labels."""
     ids = dict(tokenizer.special_ids)
-    if config.head in TASK_OF and (role := padding(tokenizer)):
+    if config.head in TASK_OF_HEAD and (role := padding(tokenizer)):
         ids["pad"] = ids[role]
     theirs = to_hf_config(config, ids.get("pad")) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
     if config.head in LABELLED and task:
@@ -161,24 +160,31 @@ def padding(tokenizer: Tokenizer) -> str | None:
     return next((role for role in ("pad", "eos", "sep") if role in tokenizer.special_ids), None)
 
 
-def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
-    """The tokenizer's; one for a task does with texts what `tasks` does, and fills up batches behind them."""
-    ends = config.head in TASK_OF and not config.causal
+def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any]) -> dict[str, bytes]:
+    """The tokenizer's; one for a task does with texts what `tasks` does, and fills up batches behind them. One for
+    chats that brings no template gets ours, with which it must take special tokens in a text for what they are.
+    """
+    ends = config.head in TASK_OF_HEAD and not config.causal
     files, name = tokenizer.hf_files(config.max_positions, ends), "tokenizer_config.json"
     settings, role = json.loads(files[name]), padding(tokenizer)
-    if config.head not in TASK_OF or role == "pad" and settings.get("padding_side", "right") == "right":
+    if task.get("chat") and tokenizer.chat_template is None:
+        files[TEMPLATE_NAME] = ChatFormat(tokenizer).template.encode()
+        return files | {name: _json(settings | {"split_special_tokens": False})}
+    if config.head not in TASK_OF_HEAD or role == "pad" and settings.get("padding_side", "right") == "right":
         return files
     named = {} if role is None else {"pad_token": settings[f"{role}_token"]}
     return files | {name: _json(settings | named | {"padding_side": "right"})}
 
 
-def small_files(hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
+def small_files(
+    hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any]
+) -> dict[str, bytes]:
     """Everything of an export but the weights and the card."""
     files = {"config.json": hf} | (sentence_files(config) if config.head == "embedding" else {})
     if auto_class(config) == "AutoModelForCausalLM":
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
         files["generation_config.json"] = ids
-    return {name: _json(content) for name, content in files.items()} | tokenizer_files(tokenizer, config)
+    return {name: _json(content) for name, content in files.items()} | tokenizer_files(tokenizer, config, task)
 
 
 def _json(content: Any) -> bytes:

@@ -1,5 +1,7 @@
 """Rank, world and the few collectives outside the engine: barrier, gather, agreement. No DeepSpeed here.
 
+Without a process group the collectives are those of one rank.
+
 torchrun, the deepspeed launcher and `launch/slurm.sbatch` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT; without them the process is a world of its own.
 """
@@ -39,6 +41,13 @@ def from_environment() -> Ranks:
                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
 
 
+def device_of(ranks: Ranks = ALONE) -> torch.device:
+    """This rank's GPU, or the CPU. A process alone, such as a tool's, needs no process group besides."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+
+
 def start(ranks: Ranks) -> torch.device:
     """Join the process group (gloo for CPU tensors, NCCL for CUDA ones) and return this rank's device."""
     if "RANK" not in os.environ:
@@ -47,9 +56,8 @@ def start(ranks: Ranks) -> torch.device:
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    device = device_of(ranks)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     torch_dist.init_process_group(backend, timeout=TIMEOUT)
@@ -67,6 +75,8 @@ def barrier() -> None:
 
 def all_gather_objects(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's JSON-like `value`, in rank order, on every rank."""
+    if not torch_dist.is_initialized():
+        return [value]
     values = [None] * torch_dist.get_world_size(group)
     torch_dist.all_gather_object(values, value, group=group)
     return values
@@ -74,6 +84,8 @@ def all_gather_objects(value: Any, group: torch_dist.ProcessGroup | None = None)
 
 def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:
     """Every rank's CPU tensor of one shape, stacked: [world, *shape]."""
+    if not torch_dist.is_initialized():
+        return values[None]
     gathered = torch.empty((torch_dist.get_world_size(), *values.shape), dtype=values.dtype)
     torch_dist.all_gather(list(gathered.unbind(0)), values.contiguous())
     return gathered
@@ -81,7 +93,8 @@ def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks, in place."""
-    torch_dist.all_reduce(values)
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(values)
     return values
 
 

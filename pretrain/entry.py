@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from pretrain.data.stream import DataError, Stream
 from pretrain.data.tasks import ExampleStream
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluate import Best, Evaluation
-from pretrain.files import write_atomically
+from pretrain.files import RESULT, write_atomically
 from pretrain.guard import Guard
 from pretrain.log import Log
 from pretrain.model.heads import build_model, parameter_shapes
@@ -40,7 +40,8 @@ class Plan:
     flops_per_token: Callable[[float], float]  # of a sequence length
     identity: dict  # of the data: another one is another run
     changes: tuple[str, ...]  # of the config, since the run was last started
-    new_parameters: tuple[str, ...]  # those that `init` does not have
+    find_new: Callable[[], tuple[str, ...]]  # parameters that `init` does not have; ValueError where it cannot start it
+    new_parameters: tuple[str, ...] | None  # those, where the run begins
     files: dict[str, bytes]  # further ones of the run's folder
     trainable: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
@@ -130,8 +131,8 @@ def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
     safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
     data_file = folder / "data.json"
     before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
-    changed = [key for key, value in identity.items() if before[key] != value]
-    unsafe += [f"data ({key}): {before[key][:12]} -> {identity[key][:12]}" for key in changed]
+    changed = [key for key, value in identity.items() if before.get(key) != value]
+    unsafe += [f"data ({key}): {str(before.get(key))[:12]} -> {identity[key][:12]}" for key in changed]
     if unsafe:
         changes = "; ".join(unsafe)
         raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
@@ -152,6 +153,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     trainer = build_engine(plan, precision, ranks, device)
     rejected: list[dict] = []
     found = checkpoint.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
+    if not found and plan.new_parameters is None:  # none of its checkpoints is whole
+        plan = replace(plan, new_parameters=plan.find_new())
     start_step = start_from(found, trainer, plan)
     log = Log(cfg.log, folder, cfg.train.steps, asdict(cfg), start_step, ranks.is_main)
     for facts in rejected:
@@ -181,7 +184,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         if start_step < step == cfg.train.steps:
             write_sample(plan, step)
         if best and best.step is not None:
-            log.say(f"{cfg.run.name}: {best.told()}; {folder / checkpoint.RESULT}")
+            log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
         log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
         log.close()
 
@@ -193,7 +196,7 @@ def best_so_far(plan: Plan, ranks: dist.Ranks) -> Best | None:
     rows: list[dict] = []
     if ranks.is_main:
         with open(plan.config.run.folder / "metrics.jsonl") as journal:
-            rows = [row for row in map(json.loads, journal) if "val_loss" in row]
+            rows = [row for row in map(json.loads, journal) if plan.best_metric in row]
     patience, folder = plan.config.tuning.early_stopping, plan.config.run.folder if ranks.is_main else None
     return Best(plan.best_metric, patience, dist.all_gather_objects(rows)[0], folder)
 

@@ -12,7 +12,7 @@ import torch
 from pretrain.data.objectives import IGNORE, MaskedLM, batch_of
 from pretrain.data.stream import Stream
 from pretrain.dist import Ranks, all_gather_tensor
-from pretrain.files import write_atomically
+from pretrain.files import PREDICTIONS, RESULT, write_atomically
 from pretrain.model.losses import loss_rows, score_rows
 
 Evaluate = Callable[..., torch.Tensor]
@@ -48,6 +48,8 @@ class Best:
         self._since = 0
         for row in journal:
             self._note(row)
+        if folder is not None:
+            self._forget_what_was_undone()
 
     @property
     def step(self) -> int | None:
@@ -84,11 +86,24 @@ class Best:
     def _write(self, evaluation: Evaluation) -> None:
         if self._folder is None:
             return
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.details)
+        write_atomically(self._folder / PREDICTIONS, "".join(lines).encode())
+        self._write_result(evaluation.facts)
+
+    def _write_result(self, facts: dict) -> None:
         figures = {name: value for name, value in self.row.items() if name.startswith("val_")}
         result = {"metric": self.metric, "best": self.row[self.metric], "step": self.step, "figures": figures}
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.details)
-        write_atomically(self._folder / "predictions.jsonl", "".join(lines).encode())
-        write_atomically(self._folder / "result.json", json.dumps(result | evaluation.facts, indent=1).encode())
+        write_atomically(self._folder / RESULT, json.dumps(result | facts, indent=1).encode())
+
+    def _forget_what_was_undone(self) -> None:
+        """A run that goes back to a checkpoint before its best evaluation has another best one, or none."""
+        path = self._folder / RESULT
+        if not path.is_file() or json.loads(path.read_text())["step"] == self.step:
+            return
+        for stale in (path, self._folder / PREDICTIONS):
+            stale.unlink(missing_ok=True)
+        if self.step is not None:
+            self._write_result({})
 
 
 class Validation:

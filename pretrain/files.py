@@ -1,12 +1,17 @@
-"""Files that are there complete or not at all, whatever crashes."""
+"""Files that are there complete or not at all, whatever crashes; and readers of those that are still being written."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+TASK, RESULT, PREDICTIONS = "task.json", "result.json", "predictions.jsonl"  # in the folder of a fine-tuned run
+EVALUATION, IMPORTED = "evaluation.json", "imported.json"  # in a run's folder: of tools/evaluate.py, tools/import_hf.py
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says when a disk is full
 
 
@@ -24,6 +29,29 @@ def write_atomically(path: Path, data: bytes) -> None:
     write_synced(temporary, data)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a line that is being written, or damaged, is passed over."""
+    if not path.exists():
+        return
+    with open(path, "rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 def sync_folder(folder: Path) -> None:

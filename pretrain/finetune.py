@@ -18,6 +18,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.data.tables import Table, read_table
 from pretrain.data.tasks import Examples, ExampleStream
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.files import TASK
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf import fitting_head
 from pretrain.model.transformer import flops_per_token
@@ -29,52 +30,67 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Read and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
     config.accumulation_steps(cfg.train, ranks.world_size)
     engine.check_extra(cfg.deepspeed)
+    if not cfg.data.sources:
+        raise ValueError("data.train has no value: give a file of examples")
     tokenizer = open_tokenizer(cfg)
     base = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
     table = read_table(cfg.data.sources, "data.train")
     task = make_task(cfg.task, tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
     cfg = replace(cfg, task=task.config)
-    examples = encode(task, table)
+    examples = encode(task, table, ranks)
     task.weigh(examples)
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
     cfg = replace(cfg, train=config.with_steps(cfg.train, len(examples)))
     model = tuned_model(cfg, task, base)
     if model.head != "lm" and (cfg.objective.name != "causal_lm" or cfg.objective.z_loss):
         raise ValueError(f"objective is for language models: leave it as it is with task={cfg.task.name}")
+    validation = open_validation(cfg, task, ranks)
     identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256}
-    validation = open_validation(cfg, task)
-    best = cfg.tuning.best or (task.best_on(validation.examples) if validation else task.best)
-    known = ["val_loss", *(f"val_{figure}" for figure in task.figures)]
-    if best not in known:
-        raise ValueError(f"tuning.best={best} is no figure of task={cfg.task.name}: take one of {', '.join(known)}")
+    identity["val"] = validation.examples.fingerprint if validation else "none"
+    find_new = functools.partial(new_parameters, cfg, model, task, ranks)
     return entry.Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream, collate=task.collate, loss_rows=task.loss_rows,
         validation=validation,
         flops_per_token=functools.partial(flops_per_token, model),
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
-        new_parameters=new_parameters(cfg, model, task, ranks) if cfg.init and entry.begins(cfg) else (),
-        files={"task.json": (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()},
+        find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,
+        files={TASK: (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()},
         trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
-        best_metric=best if cfg.data.val else None,
+        best_metric=best_metric(cfg, task, validation) if validation else None,
     )  # fmt: skip
+
+
+def best_metric(cfg: Config, task: Task, validation: TaskValidation) -> str:
+    """The figure that says which checkpoint is the best."""
+    best = cfg.tuning.best or task.best_on(validation.examples)
+    known = [f"val_{figure}" for figure in task.figures_of(validation.examples)]
+    if best not in known:
+        raise ValueError(f"tuning.best={best} is no figure of task={cfg.task.name}: take one of {', '.join(known)}")
+    return best
 
 
 def open_tokenizer(cfg: Config) -> Tokenizer:
     """That of `init`, or of the run that goes on; a model that begins anew is told which."""
-    if cfg.data.tokenizer:
-        return load_tokenizer(cfg.data.tokenizer)
+    if not cfg.init and cfg.data.tokenizer:
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        if 0 < cfg.model.vocab_size < tokenizer.vocab_size:
+            raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's "
+                             f"{tokenizer.vocab_size} ids: take 0")  # fmt: skip
+        return tokenizer
     if not cfg.init:
         raise ValueError("init is null, so the model begins anew: name its tokenizer with data.tokenizer=..., and the "
                          "model with model=...; or give init=runs/NAME")  # fmt: skip
+    if cfg.data.tokenizer:
+        raise ValueError(f"init={cfg.init} brings its own tokenizer: leave data.tokenizer out")
     goes_on = (cfg.run.folder / "config.yaml").is_file() and not Path(cfg.init).exists()
     return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
 
 
-def encode(task: Task, table: Table) -> Examples:
+def encode(task: Task, table: Table, ranks: dist.Ranks) -> Examples:
     """The examples of a table; what was left out is said."""
     examples = task.encode(table)
-    if examples.dropped:
+    if examples.dropped and ranks.is_main:
         print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
               f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
     return examples
@@ -93,18 +109,20 @@ def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
 
 def new_parameters(cfg: Config, model: ModelConfig, task: Task, ranks: dist.Ranks) -> tuple[str, ...]:
     """The parameters that begin anew: also a head of the right shape, where its labels mean something else."""
+    if not cfg.init:
+        return ()
     new, theirs = entry.check_initial_weights(cfg, model, ranks), convert.task_of(Path(cfg.init)).get("labels", [])
     if theirs and theirs != task.labels:
         new += tuple(name for name in parameter_shapes(model) if name.startswith("head.") and name not in new)
     return new
 
 
-def open_validation(cfg: Config, task: Task) -> TaskValidation | None:
+def open_validation(cfg: Config, task: Task, ranks: dist.Ranks) -> TaskValidation | None:
     """The held-out examples, when the config names any."""
     if not cfg.data.val:
         return None
     table = read_table(cfg.data.val, "data.val").some(cfg.train.eval_samples)
-    return TaskValidation(task, table, encode(task, table), cfg.train.micro_batch_size)
+    return TaskValidation(task, table, encode(task, table, ranks), cfg.train.micro_batch_size)
 
 
 if __name__ == "__main__":

@@ -226,25 +226,6 @@ def generate_texts(
     return [(text + writer.rest(), len(ids)) for text, writer, ids in zip(texts, writers, found, strict=True)]
 
 
-def memorized(
-    model: nn.Module, rows: np.ndarray, prompt_tokens: int, batch_size: int = 32,
-    on_rows: Callable[[int], object] = lambda count: None,
-) -> np.ndarray:  # fmt: skip
-    """Whether the greedy continuation of each row's first `prompt_tokens` ids is the rest of the row, bool[n].
-
-    `rows`: ids [n, prompt + continuation] (Carlini et al., "Quantifying Memorization", 2022). A row ends at its first
-    other id.
-    """
-    right = rows[:, prompt_tokens:].tolist()
-
-    def is_over(row: int, ids: list[int]) -> bool:
-        return ids[-1] != right[row][len(ids) - 1]
-
-    prompts, length = rows[:, :prompt_tokens].tolist(), rows.shape[1] - prompt_tokens
-    found = generate_all(model, prompts, length, batch_size, is_over=is_over, on_rows=on_rows)
-    return np.array([ids == continuation for ids, continuation in zip(found, right, strict=True)], dtype=bool)
-
-
 def _trunk(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model).trunk  # a DeepSpeed engine holds the model as its module
 

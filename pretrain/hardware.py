@@ -17,6 +17,7 @@ GPU_PEAK_BF16 = {
     "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12,
 }  # fmt: skip
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a precision
 PACKAGES = (
     "torch", "deepspeed", "numpy", "sentencepiece", "webdataset", "safetensors", "hydra-core", "wandb", "matplotlib",
 )  # fmt: skip
@@ -31,6 +32,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if "avx512_bf16" in _cpuinfo() or "amx_bf16" in _cpuinfo() else "fp32"
 
 
+def dtype_for(precision: str, device: torch.device) -> torch.dtype:
+    """What a model's weights are of that computes in this precision: auto, bf16 or fp32."""
+    return DTYPES[resolve_precision(precision, device)]
+
+
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of one rank at best, where the figure comes from)."""
     if device.type == "cuda" and precision == "bf16":
@@ -43,7 +49,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 def _measured_matmul(device: torch.device, precision: str, size: int = 1024, seconds: float = 0.3) -> float:
     """Best rate of a square matrix product on this rank's threads or GPU. All ranks measure at the same time."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     size = size if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     best, deadline = float("inf"), time.perf_counter() + seconds

@@ -3,8 +3,8 @@
     python -m pretrain.harness REQUEST.json
 
 The request (a JSON object) names the `folder`, its `dtype`, the `tasks`, a folder of further ones (`include_path`) or
-null, the `limit` of examples of each or null, the `batch_size`, and the file `output`, into which goes {task: {metric:
-value}}, or {"error": what a user can do about it}.
+null, the `limit` of examples of each or null, and the file `output`, into which goes {task: {metric: value}}, or
+{"error": what a user can do about it}.
 """
 
 import difflib
@@ -20,6 +20,8 @@ from typing import Any
 INSTALL = "pip install 'pretrain[eval]'"
 UNREACHABLE = ("ConnectError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 BOOTSTRAP = 1000  # resamplings for the standard error of metrics that are no means
+BATCH_SIZE = 16
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # with these it would wait for others
 
 
 def check() -> None:
@@ -29,19 +31,19 @@ def check() -> None:
 
 
 def evaluate(
-    folder: Path, dtype: str, tasks: list[str], include_path: Path | None, limit: int | None, batch_size: int = 16
+    folder: Path, dtype: str, tasks: list[str], include_path: Path | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """{task: {metric: value}} of a Hugging Face folder. What the harness says meanwhile goes to stderr."""
     with tempfile.TemporaryDirectory() as scratch:
         request, output = Path(scratch) / "request.json", Path(scratch) / "output.json"
         request.write_text(json.dumps({
             "folder": str(Path(folder).resolve()), "dtype": dtype, "tasks": tasks, "limit": limit,
-            "include_path": str(include_path.resolve()) if include_path else None, "batch_size": batch_size,
-            "output": str(output),
+            "include_path": str(include_path.resolve()) if include_path else None, "output": str(output),
         }))  # fmt: skip
         package = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        environment = {**inherited, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "pretrain.harness", str(request)]
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=2)
         if done.returncode or not output.is_file():
@@ -77,7 +79,7 @@ def run(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--tasks: the LM Evaluation Harness has no task {unknown[0]!r}{hint}")
     results = simple_evaluate(
         model="hf", model_args={"pretrained": request["folder"], "dtype": request["dtype"]}, tasks=request["tasks"],
-        limit=request["limit"], batch_size=request["batch_size"], task_manager=manager, bootstrap_iters=BOOTSTRAP,
+        limit=request["limit"], batch_size=BATCH_SIZE, task_manager=manager, bootstrap_iters=BOOTSTRAP,
         log_samples=False, device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     return {task: figures(found) for task, found in results["results"].items()}

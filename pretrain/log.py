@@ -153,9 +153,8 @@ class _Console:
         """Show the figures of a step; those of an evaluation get a line of their own."""
         if not self.enabled:
             return
-        if row.get("val_loss") is not None:
-            figures = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
-            told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+        figures = {name[4:].replace("_", " "): value for name, value in row.items() if name.startswith("val_")}
+        if told := ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None):
             self.say(f"step {row['step']:,}: validation {told}")
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(row), refresh=False)

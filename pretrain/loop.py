@@ -51,10 +51,11 @@ def train_loop(
         row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm, "batch_hash": hashed}
         row |= speed(tokens - before, time.perf_counter() - started, train.global_batch_size, model_facts)
         stopped, is_best = guard.agreed_stop(), False
-        if validation and not stopped and due(step, train.eval_every, train.steps):
+        # one that is told to stop has little time, unless nothing but the evaluation is left
+        if validation and due(step, train.eval_every, train.steps) and (not stopped or step == train.steps):
             row |= validation.run(engine.evaluate, ranks, engine.device)
             is_best = best is not None and best.offer(row, validation)
-            stopped = best.is_over if best else None
+            stopped = stopped or (best.is_over if best else None)
         log.row(row)
         checkpoints.poll()
         if stopped or is_best or due(step, train.save_every, train.steps):

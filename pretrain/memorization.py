@@ -1,4 +1,4 @@
-"""Windows of training text by how often the training text has them, to ask which of them a model knows by heart.
+"""Windows of training text by how often the training text has them, and which of them a model knows by heart.
 
 Held-out windows that the training text does not have are the measure of what can be guessed.
 """
@@ -6,16 +6,19 @@ Held-out windows that the training text does not have are the measure of what ca
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from torch import nn
 
 from pretrain.data import walk
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import hash_keys
+from pretrain.generate import generate_all
 
 PROMPT, CONTINUATION = 32, 32  # tokens
 CANDIDATES = 20_000  # windows that are counted, to find often repeated ones
 BUCKETS = {"once": (1, 1), "2 to 10 times": (2, 10), "11 times or more": (11, np.inf)}
 HELD_OUT = "held out"
 FILTER_BITS = 20
+BATCH_SIZE = 32
 BASE = 0x9E3779B97F4A7C15  # of the hash, and what undoes it modulo 2^64
 INVERSE = pow(BASE, -1, 2**64)
 
@@ -37,6 +40,22 @@ def choose_windows(
         chosen[name] = seen[(counts[: len(seen)] >= low) & (counts[: len(seen)] <= high)]
     chosen[HELD_OUT] = unseen[counts[len(seen) :] == 0]
     return {name: rows[_spread(len(rows), limit)] for name, rows in chosen.items()}
+
+
+def memorized(model: nn.Module, rows: np.ndarray, on_rows: Callable[[int], object] = lambda count: None) -> np.ndarray:
+    """Whether the greedy continuation of each row's first PROMPT ids is the rest of the row, bool[n].
+
+    `rows`: ids [n, PROMPT + CONTINUATION] (Carlini et al., "Quantifying Memorization", 2022). A row ends at its first
+    other id.
+    """
+    right = rows[:, PROMPT:].tolist()
+
+    def is_over(row: int, ids: list[int]) -> bool:
+        return ids[-1] != right[row][len(ids) - 1]
+
+    prompts = rows[:, :PROMPT].tolist()
+    found = generate_all(model, prompts, CONTINUATION, BATCH_SIZE, is_over=is_over, on_rows=on_rows)
+    return np.array([ids == continuation for ids, continuation in zip(found, right, strict=True)], dtype=bool)
 
 
 def tokens_to_read(training: Sequence[Manifest], held_out: Manifest) -> int:
@@ -66,25 +85,22 @@ def distinct(rows: np.ndarray) -> np.ndarray:
 def count_windows(
     manifests: Sequence[Manifest], rows: np.ndarray, on_tokens: Callable[[int], object] = lambda count: None
 ) -> np.ndarray:
-    """How often each row [n, length] occurs anywhere in the data sets, int64[n]; the rows are distinct.
+    """How often each row [n, length] occurs anywhere in the data sets, int64[n].
 
     By 64-bit hashes of all windows: two different ones share theirs about never.
     """
     length = rows.shape[1]
-    wanted = hashes(rows.ravel(), length)[::length]
-    order = np.argsort(wanted)
-    in_order, counts = wanted[order], np.zeros(len(rows), dtype=np.int64)
+    wanted, which = np.unique(hashes(rows.ravel(), length)[::length], return_inverse=True)
+    counts = np.zeros(len(wanted), dtype=np.int64)
     shift = np.uint64(64 - FILTER_BITS)
     possible = np.zeros(1 << FILTER_BITS, dtype=bool)  # most windows end here: a search costs more
     possible[wanted >> shift] = True
     for tokens in _chunks(manifests, on_tokens):
         found = hashes(tokens, length)
         found = found[possible[found >> shift]]
-        places = np.minimum(np.searchsorted(in_order, found), len(rows) - 1)
-        counts += np.bincount(places[in_order[places] == found], minlength=len(rows))
-    result = np.empty_like(counts)
-    result[order] = counts
-    return result
+        places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+        counts += np.bincount(places[wanted[places] == found], minlength=len(wanted))
+    return counts[which]
 
 
 def hashes(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -25,11 +25,11 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
     return f'<div class="wide"><table>{f"<tr>{head}</tr>" if head else ""}{body}</table></div>'
 
 
-def records(named: dict[str, dict[str, Any]], what: str) -> str:
-    """{name: {column: value}} as a table, fractions to four digits; `what` the names are."""
+def records(named: dict[str, dict[str, Any]]) -> str:
+    """{name: {column: value}} as a table, fractions to four digits."""
     columns = list(dict.fromkeys(column for record in named.values() for column in record))
     rows = [[name, *(_figure(record.get(column, "")) for column in columns)] for name, record in named.items()]
-    return table(rows, [what, *map(words, columns)])
+    return table(rows, ["", *map(words, columns)])
 
 
 def _figure(value: Any) -> Any:
@@ -57,8 +57,8 @@ def section(title: str, body: str) -> str:
 
 
 def words(name: str) -> str:
-    """A column's name as words: macro_f1 is macro F1."""
-    return " ".join(_SPELLED.get(word, word) for word in name.split("_"))
+    """A column's name as words: macro_f1 is macro F1, and so is val_macro_f1, the same of validation."""
+    return " ".join(_SPELLED.get(word, word) for word in name.removeprefix("val_").split("_"))
 
 
 CSS = """

@@ -1,50 +1,79 @@
-"""A fine-tuned run, applied to a table of new examples."""
+"""A model that was tuned for a task, applied to a table of new examples."""
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, dist, hardware
+from pretrain import checkpoint, compose, convert, dist, hardware
+from pretrain.config import Config
 from pretrain.data.tables import Table
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.tasks import make_task
 from pretrain.tasks.validation import TaskValidation, predict
 
+THE_MODELS_OWN = ("name", "labels")  # settings of a task that belong to what the weights were tuned for
+
 
 class Predictor:
-    """A run's model and its task, loaded for one device."""
+    """A model and its task, loaded for one device."""
 
-    def __init__(self, run: Path, precision: str = "auto", drop_bad: bool = False):
-        """`run`: a fine-tuned run, or one of its checkpoints; `precision`: auto, bf16 or fp32."""
-        folder = checkpoint.run_of(run)
-        config = compose.read(folder / "config.yaml")
-        if config.task is None:
-            raise ValueError(f"{folder} was trained for no task: give a run of pretrain.finetune")
-        self.device = dist.start(dist.ALONE)
-        dtype = torch.bfloat16 if hardware.resolve_precision(precision, self.device) == "bf16" else torch.float32
-        self.model = checkpoint.load_model(run).to(self.device, dtype)
-        settings = replace(config.task, drop_bad=drop_bad)
-        shape = checkpoint.Weights(run).config
-        self.task = make_task(settings, load_tokenizer(folder), shape, config.train.seq_len, config.data.packing,
-                              config.seed, objective=config.objective)  # fmt: skip
+    def __init__(self, run: Path, precision: str = "auto", overrides: Sequence[str] = ()):
+        """`run`: a fine-tuned run, one of its checkpoints, an imported model, or a Hugging Face folder; `precision`:
+        auto, bf16 or fp32; `overrides`: settings of the task, as "task.text=body".
+        """
+        config, self.device = settings(run, overrides), dist.device_of()
+        self.model = convert.load_model(run).to(self.device, hardware.dtype_for(precision, self.device))
+        tokenizer, shape = load_tokenizer(checkpoint.run_of(run)), self.model.trunk.config
+        self.task = make_task(config.task, tokenizer, shape, config.train.seq_len, config.data.packing, config.seed,
+                              table=None, objective=config.objective)  # fmt: skip
 
     def outputs(self, table: Table, batch_size: int, on_rows: Callable[[int], object]) -> list[dict]:
         """What the model says of each row of a table, which need not have what is to be predicted."""
-        if self.task.respond:
-            return self.task.respond(self.model, table, batch_size, on_rows)
+        told = self.task.respond(self.model, table, batch_size, on_rows)
+        if told is not None:
+            return told
         examples = self.task.encode(table, with_gold=False)
         rows = predict(self.task, examples, batch_size, self._evaluate, dist.ALONE, self.device, on_rows)
         return self.task.outputs(table, examples, rows[:, 2:])
 
     def figures(self, table: Table, batch_size: int) -> dict[str, float]:
-        """How good it is on a table that has what is to be predicted."""
+        """How good it is on a table that has what is to be predicted; rows that are left out are said."""
         examples = self.task.encode(table)
+        if examples.dropped:
+            print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
+                  f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
         found = TaskValidation(self.task, table, examples, batch_size).run(self._evaluate, dist.ALONE, self.device)
+        if self.task.config.class_weights != "none":
+            found.pop("val_loss")  # it is not weighted here: the weights are those of the training examples
         return {name.removeprefix("val_"): value for name, value in found.items() if math.isfinite(value)}
 
     @torch.no_grad()
     def _evaluate(self, function: Callable[..., torch.Tensor], **batch: torch.Tensor) -> torch.Tensor:
         return function(self.model, **batch).double().cpu()
+
+
+def settings(run: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that a run was tuned with; of another model the default one, for the task, the labels and the
+    length that it brings. `overrides` change the settings of its task.
+    """
+    described, folder = convert.task_of(run), checkpoint.run_of(run)
+    if not described:
+        raise ValueError(f"{run} was tuned for no task: give a run of pretrain.finetune, or a model that was imported "
+                         "with a head for one")  # fmt: skip
+    keys = [override.partition("=")[0].partition("task.")[2] for override in overrides]
+    if wrong := [override for key, override in zip(keys, overrides, strict=True) if not key or key in THE_MODELS_OWN]:
+        raise ValueError(f"{wrong[0]}: only settings of how its task is put can be given, as task.text=COLUMN")
+    name = described["name"]
+    config = compose.compose("finetune", [f"task={name}", "run.name=x", "data.train=x", *overrides])
+    given = {key: getattr(config.task, key) for key in keys}
+    if (folder / "config.yaml").is_file():
+        config = compose.read(folder / "config.yaml")
+        task = replace(config.task, drop_bad=False)
+    else:
+        task = replace(config.task, labels=described["labels"], multi_label=described["multi_label"])
+        config = replace(config, train=replace(config.train, seq_len=convert.open_model(run).config.max_positions))
+    return replace(config, task=replace(task, **given))

@@ -4,7 +4,6 @@ Of a fine-tuned run also what its task's best evaluation says. Works at any mome
 """
 
 import itertools
-import json
 import math
 import os
 from array import array
@@ -18,6 +17,7 @@ import yaml
 
 from pretrain import page
 from pretrain.curves import panel
+from pretrain.files import EVALUATION, PREDICTIONS, RESULT, TASK, read_lines, read_object
 from pretrain.page import esc
 
 EVENTS = 200
@@ -37,16 +37,16 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{run_dir} is not a folder: name a run's folder (runs/NAME)")
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     config_text, environment = (_read_text(run_dir / name) for name in ("config.yaml", "environment.json"))
-    task, result, evaluation = (_read_object(run_dir / f"{name}.json") for name in ("task", "result", "evaluation"))
+    task, result, evaluation = (read_object(run_dir / name) for name in (TASK, RESULT, EVALUATION))
     body = [
         _header(run_dir.resolve().name, metrics, _total_steps(config_text)),
         _tiles(metrics, bool(task)),
         _curves(metrics),
         _task(task, result),
-        _mistakes(_json_lines(run_dir / "predictions.jsonl")),
+        _mistakes(read_lines(run_dir / PREDICTIONS)),
         _suites(evaluation),
-        _samples(list(_json_lines(run_dir / "samples.jsonl"))),
-        _events(list(_json_lines(run_dir / "events.jsonl"))),
+        _samples(list(read_lines(run_dir / "samples.jsonl"))),
+        _events(list(read_lines(run_dir / "events.jsonl"))),
         page.details("Configuration", f"<pre>{esc(config_text)}</pre>" if config_text else ""),
         page.details("Evaluation on all held-out text", _held_out(evaluation)),
         page.details("Environment", page.facts(environment)),
@@ -66,33 +66,10 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object; nothing where it has none."""
-    try:
-        found = json.loads(_read_text(path))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; one that is being written, or damaged, is passed over."""
-    if not path.exists():
-        return
-    with open(path, "rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
 def _read_metrics(path: Path) -> Metrics:
     """{column: float64[rows]}, the task's own figures in the order of their names; NaN is for what a row lacks."""
     columns = {name: array("d") for name in (*COLUMNS, *KNOWN)}
-    for number, row in enumerate(_json_lines(path)):
+    for number, row in enumerate(read_lines(path)):
         for name in row:
             if name.startswith("val_") and name not in columns:
                 columns[name] = array("d", [math.nan]) * number
@@ -151,7 +128,7 @@ def _tiles(metrics: Metrics, is_tuned: bool) -> str:
 def _figures(metrics: Metrics) -> dict[str, str]:
     """The columns of a task's own figures, more of which is better, with what to call them."""
     found = [name for name in metrics if name not in (*COLUMNS, *KNOWN) and _finite(metrics[name]).size]
-    return {name: page.words(name.removeprefix("val_")) for name in found}
+    return {name: page.words(name) for name in found}
 
 
 def _curves(metrics: Metrics) -> str:
@@ -173,9 +150,9 @@ def _task(task: dict[str, Any], result: dict[str, Any]) -> str:
     figures = result.get("figures")
     if not isinstance(figures, dict):
         return ""
-    best = {page.words(name.removeprefix("val_")): value for name, value in figures.items()}
-    parts = [f"<p>The best evaluation by {esc(page.words(str(result.get('metric')).removeprefix('val_')))}: step "
-             f"{esc(result.get('step'))}.</p>", page.records({"validation": best}, "")]  # fmt: skip
+    best = {page.words(name): value for name, value in figures.items()}
+    parts = [f"<p>The best evaluation by {esc(page.words(str(result.get('metric'))))}: step "
+             f"{esc(result.get('step'))}.</p>", page.records({"validation": best})]  # fmt: skip
     labels, confusion = result.get("labels"), result.get("confusion")
     if labels and confusion:
         parts.append("<h3>Labels (rows) and what was predicted (columns)</h3>")
@@ -212,7 +189,7 @@ def _suites(evaluation: dict[str, Any]) -> str:
         found = evaluation.get(name) or {}
         rows = {what: record for what, record in found.items() if isinstance(record, dict)}
         said = ", ".join(f"{page.words(key)} {page.brief(value)}" for key, value in found.items() if key not in rows)
-        sections.append(page.section(title, f"<p>{esc(said)}</p>{page.records(rows, '')}" if rows else ""))
+        sections.append(page.section(title, f"<p>{esc(said)}</p>{page.records(rows)}" if rows else ""))
     return "".join(sections)
 
 

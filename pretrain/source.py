@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from pretrain.tensors import INDEX, READABLE, SINGLE, TensorFolder
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "tokenizer.model")  # fmt: skip
-TASK_OF = {"sequence": "classification", "tokens": "token_classification", "span": "extractive_qa",
-         "embedding": "embedding"}  # fmt: skip
+TASK_OF_HEAD = {
+    "sequence": "classification", "tokens": "token_classification", "span": "extractive_qa", "embedding": "embedding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,33 @@ class Source:
     listed: list[HFTensor]
     found: dict[str, str]
     leftovers: list[Leftover]
+    # the last matrix and the last vector that were read, by their dimensions: what is wanted next is often in one
+    _last: dict[int, tuple[str, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
 
     @cached_property
     def _home(self) -> dict[str, HFTensor]:
         return {ours: tensor for tensor in self.listed for ours in tensor.ours}
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter of ours."""
+        """A parameter of ours, not to be written to."""
         tensor = self._home[name]
-        theirs = self.tensors.read(self.found[tensor.name])
-        if not theirs.isfinite().all():
-            raise ValueError(f"{self.found[tensor.name]} has values that are not finite numbers: the model is damaged")
-        return tensor.from_hf(theirs)[tensor.ours.index(name)]
+        kept, ours = self._last.get(len(tensor.shape), ("", ()))
+        if kept != tensor.name:
+            self._last.pop(len(tensor.shape), None)
+            theirs = self.tensors.read(self.found[tensor.name])
+            if not theirs.isfinite().all():
+                raise ValueError(f"{self.found[tensor.name]} has values that are not finite numbers: the model is "
+                                 "damaged")  # fmt: skip
+            ours = tensor.from_hf(theirs)
+            self._last[len(tensor.shape)] = tensor.name, ours
+        return ours[tensor.ours.index(name)]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(self.config)
 
     def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
-        """[offset, offset + numel) of the flat parameter; all of it is read."""
+        """[offset, offset + numel) of the flat parameter; all of it is read, of parts in turn once."""
         return self.read(name).reshape(-1)[offset : offset + numel]
 
     def files(self) -> list[Path]:
@@ -89,7 +98,8 @@ def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config)
     architecture = (hf.get("architectures") or [hf["model_type"]])[0]
-    return Source(folder, architecture, config, task_in(hf, config), tokenizer, tensors, listed, found, leftovers)
+    task = task_of_config(hf, config)
+    return Source(folder, architecture, config, task, tokenizer, tensors, listed, found, leftovers)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -132,13 +142,13 @@ def read_pooling(folder: Path) -> str | None:
     return pooling_of(read_json(folder / MODULES, list), read_json(folder / POOLING))
 
 
-def task_in(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+def task_of_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """What a config.json says that its model was tuned for, as a run's task.json has it."""
-    if config.head not in TASK_OF:
+    if config.head not in TASK_OF_HEAD:
         return {}
     labels = label_names(hf) if config.head in LABELLED else []
     multi_label = config.head == "sequence" and hf.get("problem_type") == "multi_label_classification"
-    return {"name": TASK_OF[config.head], "labels": labels, "multi_label": multi_label}
+    return {"name": TASK_OF_HEAD[config.head], "labels": labels, "multi_label": multi_label}
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -20,11 +20,12 @@ from pretrain.model.losses import score_rows
 
 LENGTH = 128  # tokens of a stretch at most
 CHOICES = 4
+BATCH_SIZE = 16
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def run_suite(
-    model: nn.Module, manifest: Manifest, tokenizer: Tokenizer, seq_len: int, limit: int, batch_size: int = 16
+    model: nn.Module, manifest: Manifest, tokenizer: Tokenizer, seq_len: int, limit: int
 ) -> dict[str, dict[str, float]]:
     """The figures of each task on at most `limit` stretches of at most half of `seq_len`, which the model can hold.
 
@@ -40,7 +41,7 @@ def run_suite(
     with tqdm(total=(CHOICES + 3) * len(rows), desc="suite", unit=" rows") as bar:
 
         def score(tokens: np.ndarray, is_target: np.ndarray) -> np.ndarray:
-            return score_targets(model, tokens, is_target, batch_size, bar.update)
+            return score_targets(model, tokens, is_target, BATCH_SIZE, bar.update)
 
         return {
             "next_passage": next_passage(score, rows, documents),

@@ -37,9 +37,13 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     checks.check_objective(cfg.objective, model)
     objective = make_objective(cfg.objective, tokenizer, cfg.seed)
     sparse = cfg.objective.name == "masked_lm"
-    starts_from_another = cfg.init and entry.begins(cfg)
-    if starts_from_another:
+
+    def find_new() -> tuple[str, ...]:
+        if not cfg.init:
+            return ()
         check_tokenizer(cfg.init, tokenizer)
+        return entry.check_initial_weights(cfg, model, ranks)
+
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     return entry.Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream,
@@ -51,7 +55,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         ),
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
-        new_parameters=entry.check_initial_weights(cfg, model, ranks) if starts_from_another else (),
+        find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,
         files={},
     )  # fmt: skip
 

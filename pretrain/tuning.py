@@ -12,7 +12,8 @@ def trainable(config: TuningConfig, model: ModelConfig) -> Callable[[str], bool]
     def learns(name: str) -> bool:
         if config.method in ("full", "lora") or not name.startswith("trunk."):
             return True
-        is_last = name.startswith("trunk.norm.") or (_block(name) or 0) >= first
+        block = _block(name)
+        is_last = name.startswith("trunk.norm.") if block is None else block >= first
         return config.method == "last_layers" and is_last
 
     if config.method == "head" and model.head == "lm" and model.tied_embeddings:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pretrain import parity, reference
 from tests.slurm_cluster import SlurmCluster, why_not
 
 ROOT = Path(__file__).parent.parent
@@ -75,12 +77,12 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
 
 
-def command(ranks: int, *overrides: str, module: str = "pretrain.train") -> list[str]:
+def command(ranks: int, *overrides: str) -> list[str]:
     brings_model = any(override.startswith("init=") for override in overrides)
     tiny = TINY[1:] if brings_model else TINY
     if ranks == 1:
-        return [sys.executable, "-m", module, *tiny, *overrides]
-    return torchrun(ranks, "-m", module, *tiny, *overrides)
+        return [sys.executable, "-m", "pretrain.train", *tiny, *overrides]
+    return torchrun(ranks, "-m", "pretrain.train", *tiny, *overrides)
 
 
 @pytest.fixture(scope="session")
@@ -94,19 +96,6 @@ def train(shards, environment, tmp_path_factory):
 
     run.root = root
     run.shards = shards
-    return run
-
-
-@pytest.fixture(scope="session")
-def finetune(environment, tmp_path_factory):
-    """Run the fine-tuner to its end; returns the completed process."""
-    root = tmp_path_factory.mktemp("tuned")
-
-    def run(ranks: int, *overrides: str, check=True) -> subprocess.CompletedProcess:
-        line = command(ranks, f"run.root={root}", *overrides, module="pretrain.finetune")
-        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
-
-    run.root = root
     return run
 
 
@@ -126,6 +115,25 @@ def tool(environment):
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
 
     return run
+
+
+@pytest.fixture
+def transformers_here(monkeypatch):
+    """What transformers makes of an export it makes in this process, without the seconds that it takes to start one."""
+
+    class InThisProcess:
+        returncode = 0
+
+        def __init__(self, command: list[str], **_):
+            self.arguments = command[2:]
+
+        def communicate(self) -> tuple[str, str]:
+            monkeypatch.setattr(sys, "argv", self.arguments)
+            reference.main()
+            return "", ""
+
+    pipes = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "STDOUT")}
+    monkeypatch.setattr(parity, "subprocess", SimpleNamespace(Popen=InThisProcess, **pipes))
 
 
 @pytest.fixture(scope="module")

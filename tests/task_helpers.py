@@ -1,12 +1,13 @@
 """What the tests of tasks share: small tokenizers of three kinds, tasks, tables, batches, models."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 
 from pretrain import compose
 from pretrain.config import Config
@@ -16,11 +17,10 @@ from pretrain.data.tables import Table, read_table
 from pretrain.data.tasks import ExampleRows, Examples
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.dist import ALONE
-from pretrain.model.heads import build_model
 from pretrain.model.hf import fitting_head
-from pretrain.model.initial import initial_value
 from pretrain.tasks import Task, make_task
 from pretrain.tasks.validation import TaskValidation
+from tests.models import filled_model
 
 SMALL = ["run.name=x", "model=llama_tiny", "data.train=x", "train.seq_len=32", "train.precision=fp32"]
 
@@ -68,6 +68,7 @@ def sentence_pieces(folder: Path, texts: list[str], vocab_size: int = 320) -> To
     return load_tokenizer(folder)
 
 
+@functools.cache
 def config_of(task: str, *overrides: str) -> Config:
     return compose.compose("finetune", [f"task={task}", *SMALL, *overrides])
 
@@ -89,23 +90,20 @@ def batch_of(task: Task, examples: Examples, *numbers: int) -> dict[str, torch.T
     return {k: torch.from_numpy(v) for k, v in task.collate(ExampleRows(chosen, chosen, examples)).items()}
 
 
-def new_model(task: Task) -> torch.nn.Module:
-    """The model of a task with its first weights."""
+def new_model(task: Task, scale: float = 1) -> torch.nn.Module:
+    """The model of a task with its first weights, `scale` times."""
     base = dataclasses.replace(task.model, vocab_size=task.tokenizer.vocab_size)
-    config = fitting_head(base, task.head, len(task.labels))
-    model = build_model(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 0))
-    return model
+    config = base if task.head == base.head == "lm" else fitting_head(base, task.head, len(task.labels))
+    return filled_model(config, scale)
 
 
 def taught(task: Task, table: Table, steps: int) -> torch.nn.Module:
-    """A new model that has learnt from the examples of a table, 16 at a time."""
+    """A new model that has learnt from the examples of a table, 16 at a time, or all where there are fewer."""
     model, examples = new_model(task), task.encode(table)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    some = np.arange(min(16, len(examples)))
     for step in range(steps):
-        batch = batch_of(task, examples, *(np.arange(16) + 16 * step) % len(examples))
+        batch = batch_of(task, examples, *(some + len(some) * step) % len(examples))
         targets = (batch["labels"] != IGNORE).sum()
         (task.loss_rows(model, **batch).sum() / targets).backward()
         optimizer.step()
@@ -113,14 +111,15 @@ def taught(task: Task, table: Table, steps: int) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def judged(task: Task, table: Table, model: torch.nn.Module) -> tuple[dict[str, float], TaskValidation]:
+def evaluated(model: torch.nn.Module) -> Callable:
+    """What `Engine.evaluate` is for a model alone."""
+    return lambda function, **batch: function(model, **batch).detach().double()
+
+
+def judged(
+    task: Task, table: Table, model: torch.nn.Module, micro_batch_size: int = 8
+) -> tuple[dict[str, float], TaskValidation]:
     """The figures of a model on held-out examples, and what told them, in a process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        validation = TaskValidation(task, table, task.encode(table), 8)
-        figures = validation.run(
-            lambda function, **batch: function(model, **batch).double(), ALONE, torch.device("cpu")
-        )
-    finally:
-        distributed.destroy_process_group()
+    validation = TaskValidation(task, table, task.encode(table), micro_batch_size)
+    figures = validation.run(evaluated(model), ALONE, torch.device("cpu"))
     return figures, validation

@@ -6,18 +6,27 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from pretrain import compose, config
+from pretrain import checks, compose, config, source, tasks
+from pretrain.tasks import instruct
 
 CONF = compose.conf_folder()
 GROUPS = ("model", "data", "objective", "optim", "schedule", "deepspeed", "log", "guard", "experiment")
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("[!_]*.yaml"))]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+TUNED = [f"{group}={file.stem}" for group in ("task", "tuning") for file in sorted((CONF / group).glob("[!_]*.yaml"))]
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, *TUNED])
 def test_every_shipped_choice_composes(choice):
-    cfg = compose.compose("pretrain", ["run.name=x", "train.seq_len=512", choice])
     group, _, name = choice.partition("=")
-    if group in ("schedule", "optim", "objective"):
+    is_tuned = choice in TUNED or group == "data" and name == "examples"
+    if group == "experiment":
+        is_tuned = "override /task" in (CONF / group / f"{name}.yaml").read_text()
+    needed = ["task=classification"] if is_tuned and group not in ("task", "experiment") else []
+    needed += ["train.seq_len=512"] if group == "model" else []
+    cfg = compose.compose("finetune" if is_tuned else "pretrain", ["run.name=x", *needed, choice])
+    if group in ("schedule", "optim", "objective", "task"):
         assert getattr(cfg, group).name == name
     if group == "deepspeed":
         assert f"zero{cfg.deepspeed.stage}" == name
@@ -107,3 +116,41 @@ def test_conf_files_hold_every_default_of_the_schema():
         for key, value in (yaml.safe_load(file.read_text()) or {}).items():
             documented |= {key, *(value if isinstance(value, dict) else ())}
     assert {key.rpartition(".")[2] for key in flat} <= documented
+
+
+def test_a_text_that_looks_like_an_interpolation_stays_text(tmp_path):
+    """Labels come from data: nothing in them is looked up."""
+    before = compose.compose("finetune", ["run.name=x", "task=classification"])
+    labels = ["${oc.env:HOME}", "${x}", "a\\${b}", "\\\\${c}", "plain"]
+    before = replace(before, task=replace(before.task, labels=labels))
+    (tmp_path / "config.yaml").write_text(config.to_yaml(before))
+    assert compose.read(tmp_path / "config.yaml") == before
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path):
+    now = compose.compose("pretrain", ["run.name=x"])
+    saved = yaml.safe_load(config.to_yaml(now))
+    for section, keys in (("model", config.ADDED_TO_MODELS), ("train", ["epochs"])):
+        for key in keys:
+            del saved[section][key]
+    del saved["task"], saved["tuning"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert compose.read(tmp_path / "config.yaml") == now
+
+
+@pytest.mark.parametrize("steps, epochs, expected", [(0, 1, 13), (0, 0.5, 7), (0, 2, 25), (0, 0.001, 1), (9, 2, 9)])
+def test_epochs_are_as_many_steps_as_they_take(steps, epochs, expected):
+    """Of 100 samples in batches of 8; steps, where they are given, stand."""
+    train = compose.compose("pretrain", ["run.name=x"]).train
+    settled = config.with_steps(replace(train, steps=steps, epochs=epochs, global_batch_size=8), 100)
+    assert settled == replace(train, steps=expected, epochs=epochs, global_batch_size=8)
+
+
+def test_every_task_is_known_wherever_tasks_are_listed():
+    files = {file.stem for file in (CONF / "task").glob("*.yaml")} - {"_base"}
+    assert set(checks.TASKS) == set(tasks.TASKS) == files == set(checks.CHOICES["task.name"])
+    for name in files:
+        assert compose.compose("finetune", ["run.name=x", f"task={name}"]).task.name == name
+    of_heads = {kind.head: name for name, kind in tasks.TASKS.items() if kind.head != "lm"}
+    assert source.TASK_OF_HEAD == of_heads, "an import is told by its head what it was tuned for"
+    assert set(checks.CHOICES["task.figures"]) == {"none", *instruct.JUDGES}

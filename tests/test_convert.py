@@ -22,15 +22,18 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from pretrain import checkpoint, compose, convert, parity, source  # noqa: E402
+from pretrain import checkpoint, compose, convert, hardware, parity, source  # noqa: E402
 from pretrain.config import ModelConfig  # noqa: E402
 from pretrain.data import fast  # noqa: E402
+from pretrain.data.chat import ChatFormat  # noqa: E402
 from pretrain.data.pieces import SentencePieceTokenizer  # noqa: E402
 from pretrain.data.tokenizer import load_tokenizer  # noqa: E402
 from pretrain.engine import WEIGHT, Fragment  # noqa: E402
 from pretrain.model import hf  # noqa: E402
 from pretrain.model.heads import parameter_shapes  # noqa: E402
+from pretrain.tensors import TensorFolder  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
+from tests.journals import journal  # noqa: E402
 from tests.test_fast_tokenizer import byte_level, word_piece  # noqa: E402
 from tools import export_hf, import_hf  # noqa: E402
 
@@ -125,7 +128,7 @@ def test_a_trained_run_becomes_a_proven_folder_with_a_card_and_comes_back_bit_fo
     card = (tmp_path / "hf/README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llama", "pretrain"]}
-    last = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[-1])
+    last = journal(undisturbed)[-1]
     data = json.loads((undisturbed / "data.json").read_text())
     for fact in (f"| step | {last['step']} |", f"{last['tokens']:,}", f"{last['loss']:.4f}", f"{last['val_loss']:.4f}",
                  f"{last['val_bits_per_byte']:.4f} bits per byte", data["train"], "causal_lm", "adamw"):  # fmt: skip
@@ -142,7 +145,7 @@ def test_a_trained_run_becomes_a_proven_folder_with_a_card_and_comes_back_bit_fo
     assert load_tokenizer(tmp_path / "back").encode("a  text") == tokenizer.encode("a  text")
 
 
-def test_zero3_in_bf16_shards_and_a_checkpoint_by_name(train, tmp_path):
+def test_zero3_in_bf16_shards_and_a_checkpoint_by_name(train, transformers_here, tmp_path):
     train(2, "run.name=zero3", "deepspeed=zero3", "train.steps=2", "train.save_every=1", "log.sample_tokens=0")
     first = train.root / "zero3" / "checkpoints" / "step-000000001"
     proof = convert.export_hf(first, tmp_path / "hf", "bf16", 0.0001)
@@ -175,13 +178,15 @@ TUNED = {  # a model, its head, its tokenizer, the class it becomes
 
 
 @pytest.mark.parametrize("case", TUNED)
-def test_a_tuned_model_goes_out_proven_with_its_labels_and_comes_back(case, request, shards, environment, tmp_path):
+def test_a_tuned_model_goes_out_proven_with_its_labels_and_comes_back(
+    case, request, shards, transformers_here, monkeypatch, capsys, tmp_path
+):
     preset, head, kind, name = TUNED[case]
     tokenizer = load_tokenizer(shards if kind == "own" else request.getfixturevalue(kind))
     labels = ["bad", "so so", "gut, für alle"] if head in ("sequence", "tokens") else []
     base = model(f"model={preset}", vocab_size=tokenizer.vocab_size)
     config = replace(hf.fitting_head(base, head, len(labels)), lora_rank=2 * (case == "llama with lora"))
-    run, task = write_run(tmp_path / "run", config, tokenizer), source.TASK_OF[head]
+    run, task = write_run(tmp_path / "run", config, tokenizer), source.TASK_OF_HEAD[head]
     facts = {"name": task, "labels": labels, "multi_label": case == "bert"}
     (run / "task.json").write_text(json.dumps(facts))
     proof = convert.export_hf(run, tmp_path / "hf")
@@ -198,13 +203,39 @@ def test_a_tuned_model_goes_out_proven_with_its_labels_and_comes_back(case, requ
     card = (tmp_path / "hf/README.md").read_text()
     assert f"| task | {task} |" in card
     if case in ("bert", "roberta", "modernbert"):
-        line = [sys.executable, "-c", card.split("```python\n")[1].split("```")[0]]
-        ran = subprocess.run(line, cwd=tmp_path / "hf", env=environment, capture_output=True, text=True, timeout=120)
-        assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+        monkeypatch.chdir(tmp_path / "hf")
+        exec(card.split("```python\n")[1].split("```")[0], {})
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind", ["own", "endoftext"])
+def test_a_model_tuned_on_chats_brings_the_template_that_it_was_tuned_with(
+    kind, request, shards, transformers_here, monkeypatch, capsys, tmp_path
+):
+    tokenizer = load_tokenizer(shards if kind == "own" else request.getfixturevalue(kind))
+    config = model("model=llama_tiny", vocab_size=tokenizer.vocab_size)
+    run, task = write_run(tmp_path / "run", config, tokenizer), {"name": "instruct", "labels": [], "chat": True}
+    (run / "task.json").write_text(json.dumps(task))
+    convert.export_hf(run, tmp_path / "hf")
+    roles = ("system", "user", "assistant", "user")
+    talk = [{"role": role, "content": f"{role}: wie geht's?\n 漢 🙂 "} for role in roles]
+    ours, theirs = ChatFormat(tokenizer), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    again = ChatFormat(load_tokenizer(tmp_path / "hf"))
+    assert ours.is_default and not again.is_default and again.template == ours.template
+    for prompt in (False, True):
+        ids = theirs.apply_chat_template(talk, add_generation_prompt=prompt, return_dict=False)
+        assert ids == ours.encode(talk, prompt)[0] == again.encode(talk, prompt)[0] and tokenizer.eos in ids
+    monkeypatch.chdir(tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert "User: How does the history" in capsys.readouterr().out and "remove such texts" in card
+    for other in ({}, task | {"chat": False}):
+        files = convert.tokenizer_files(tokenizer, config, other)
+        assert files == tokenizer.hf_files(config.max_positions) and "chat_template.jinja" not in files
 
 
 @pytest.mark.parametrize("head, changed", [("sequence", "classifier.weight"), ("embedding", "final_norm.weight")])
-def test_a_head_with_one_other_number_is_caught(head, changed, words, tmp_path):
+def test_a_head_with_one_other_number_is_caught(head, changed, words, transformers_here, tmp_path):
     tokenizer = load_tokenizer(words)
     base = model("model=modernbert_10m", vocab_size=tokenizer.vocab_size)
     config = hf.fitting_head(base, head, 2 if head == "sequence" else 0)
@@ -224,7 +255,7 @@ def test_labels_of_another_number_than_the_outputs_are_refused(words, tmp_path):
         convert.export_hf(run, tmp_path / "hf")
 
 
-def test_a_causal_classifier_without_padding_is_compared_row_by_row(theirs, tmp_path):
+def test_a_causal_classifier_without_padding_is_compared_row_by_row(theirs, transformers_here, tmp_path):
     """As many on the hub are: config.json has no pad_token_id, and transformers takes one text at a time."""
     folder = shutil.copytree(theirs, tmp_path / "it", ignore=shutil.ignore_patterns("model*", "config.json"))
     config = transformers.AutoConfig.from_pretrained(theirs, num_labels=4)
@@ -250,6 +281,20 @@ def test_runs_checkpoints_and_folders_of_theirs_are_opened_alike(theirs, tmp_pat
         convert.open_model(tmp_path)
 
 
+def test_the_parts_of_a_tensor_are_read_once(shards, transformers_here, monkeypatch, tmp_path):
+    tokenizer = load_tokenizer(shards)
+    config = model("model=gpt2_124m", vocab_size=tokenizer.vocab_size)
+    convert.export_hf(write_run(tmp_path / "run", config, tokenizer), tmp_path / "hf")
+    found, read, right = convert.open_model(tmp_path / "hf"), [], TensorFolder.read
+    monkeypatch.setattr(TensorFolder, "read", lambda folder, name: read.append(name) or right(folder, name))
+    ours = checkpoint.Weights(tmp_path / "run")
+    for name, shape in found.shapes.items():
+        half = torch.Size(shape).numel() // 2
+        parts = [found.read_range(name, 0, half), found.read_range(name, half, half)]
+        assert torch.equal(torch.cat(parts), ours.read(name).reshape(-1))
+    assert len(read) == len(set(read)) < len(found.shapes)
+
+
 FAMILIES = {
     "gpt2": (["model=gpt2_124m", "model.tied_embeddings=false"], "own", "GPT2LMHeadModel"),
     "bert": (["model=bert_base"], "words", "BertForMaskedLM"),
@@ -262,7 +307,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_out_proven_and_comes_back_bit_for_bit(family, request, shards, tmp_path):
+def test_every_family_goes_out_proven_and_comes_back_bit_for_bit(family, request, shards, transformers_here, tmp_path):
     overrides, kind, name = FAMILIES[family]
     tokenizer = load_tokenizer(shards if kind == "own" else request.getfixturevalue(kind))
     config = model(*overrides, vocab_size=tokenizer.vocab_size + 3)  # rows that no token has
@@ -303,7 +348,7 @@ def test_a_model_of_theirs_comes_in_proven_and_the_tool_says_so(theirs, capsys, 
     assert checkpoint.load_model(tmp_path / "runs/it").trunk.config.sliding_window == 7
 
 
-def test_an_import_that_computes_something_else_leaves_nothing(theirs, tmp_path):
+def test_an_import_that_computes_something_else_leaves_nothing(theirs, transformers_here, tmp_path):
     with pytest.raises(ValueError, match="do not agree.*logits part on the English passage at position 7 "):
         convert.import_hf(theirs, tmp_path / "runs" / "it", ["sliding_window"])  # transformers does not ignore it
     assert unseen(tmp_path / "runs") == []
@@ -428,7 +473,7 @@ def run(shards, tmp_path) -> Path:
     return write_run(tmp_path / "run", config, load_tokenizer(shards))
 
 
-def test_a_wrong_rule_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
+def test_a_wrong_rule_is_caught_and_leaves_nothing(run, transformers_here, tmp_path, monkeypatch):
     def swapped(config, model_type):
         for tensor in right(config, model_type):
             swap = {"trunk.blocks.1.ffn.up.weight": "trunk.blocks.1.ffn.gate.weight"}
@@ -441,7 +486,7 @@ def test_a_wrong_rule_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
     assert unseen(tmp_path) == ["run"]
 
 
-def test_a_wrong_token_is_caught_and_leaves_nothing(run, tmp_path, monkeypatch):
+def test_a_wrong_token_is_caught_and_leaves_nothing(run, transformers_here, tmp_path, monkeypatch):
     def swapped(tokenizer, *settings):
         files = right(tokenizer, *settings)
         content = json.loads(files["tokenizer.json"])
@@ -556,7 +601,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", convert.DTYPES)
+@pytest.mark.parametrize("dtype", hardware.DTYPES)
 def test_memory_is_bounded_by_the_largest_tensor_not_the_model(shards, environment, tmp_path, dtype):
     tokenizer = load_tokenizer(shards)
     config = replace(model("model=llama_tiny", vocab_size=10_000), layers=9, heads=8,

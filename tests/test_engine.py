@@ -85,18 +85,23 @@ def test_a_rank_or_a_whole_batch_may_have_no_target(results, ranks, case):
     assert found["norms"][0] > 0.1 and found["norms"][1] == 0 and math.isfinite(found["norms"][2])
 
 
-@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
-def test_every_element_is_written_exactly_once(results, case, kind):
-    found = results[2]["stages"][case]
+def written_once(found: dict, kind: str) -> set[str]:
+    """The parameters of which every element of a kind is written, and by one rank."""
     pieces = defaultdict(list)
     for name, owned_kind, offset, numel in found["owned"]:
         if owned_kind == kind:
             pieces[name].append((offset, offset + numel))
-    assert set(pieces) == set(found["shapes"])
-    for name, shape in found["shapes"].items():
-        ends = [0] + [end for _, end in sorted(pieces[name])]
-        assert [start for start, _ in sorted(pieces[name])] == ends[:-1] and ends[-1] == math.prod(shape)
+    for name, parts in pieces.items():
+        ends = [0] + [end for _, end in sorted(parts)]
+        assert [start for start, _ in sorted(parts)] == ends[:-1] and ends[-1] == math.prod(found["shapes"][name])
+    return set(pieces)
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
+def test_every_element_is_written_exactly_once(results, case, kind):
+    found = results[2]["stages"][case]
+    assert written_once(found, kind) == set(found["shapes"])
 
 
 @pytest.mark.parametrize("before, after", [(1, 3), (3, 2), (2, 0), (0, 1)])
@@ -104,6 +109,29 @@ def test_a_checkpoint_moves_between_stages(results, before, after):
     found = results[2]["moves"][f"{before}-{after}"]
     assert found["losses"] == pytest.approx(results[1]["stages"]["fp32-0"]["losses"], rel=1e-5)
     assert found["events"] == ["saved"] and found["steps"] == 6
+
+
+LEARNING = {  # by the part that learns
+    "lora": {f"trunk.blocks.0.{name}.lora_{ab}" for ab in "ab" for name in (
+        "attention.q", "attention.k", "attention.v", "attention.out", "ffn.up", "ffn.gate", "ffn.down")},
+    "head": {"head.weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("part", LEARNING)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_does_not_learn_stays_and_moves_between_stages(results, ranks, part, stage):
+    """Three steps at a stage, a checkpoint, three at the next one: what a run of one rank and no ZeRO does."""
+    reference = results[1]["parts"][f"{part}-fp32-0"]["losses"]
+    for precision, rel in (("fp32", 1e-5), ("bf16", 0.02)) if part == "lora" else (("fp32", 1e-5),):
+        found = results[ranks]["parts"][f"{part}-{precision}-{stage}"]
+        assert found["events"] == ["saved"] and found["steps"] == 6
+        assert found["losses"] == pytest.approx(reference, rel=rel) and found["losses"][5] < found["losses"][1] - 0.05
+        assert set(found["changed"]) == LEARNING[part], "the rest is what it was to the last bit"
+        assert written_once(found, "weight") == set(found["shapes"]) > LEARNING[part]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert written_once(found, kind) == LEARNING[part]
 
 
 def test_extra_settings_are_checked_against_deepspeeds_own():

@@ -15,9 +15,10 @@ from pretrain.data.mixture import Phase
 from pretrain.data.objectives import IGNORE, causal_lm, make_objective
 from pretrain.data.stream import Stream
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
+from pretrain.evaluate import Best
 from pretrain.model.losses import cross_entropy_rows
+from tests.journals import journal, rows_of
+from tests.models import filled_model
 from tools import evaluate as tool_module
 
 
@@ -41,7 +42,7 @@ def plain_bits(model, tokenizer, stream, windows):
 
 def test_the_loops_validation_is_the_plain_computation_on_windows_spread_evenly(undisturbed, held_out):
     model, tokenizer = checkpoint.load_model(undisturbed), load_tokenizer(undisturbed)
-    last = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[-1])
+    last = journal(undisturbed)[-1]
     windows = [i * held_out.epoch_samples // 13 for i in range(13)]
     loss, bits = plain_bits(model, tokenizer, held_out, windows)
     assert last["val_loss"] == pytest.approx(loss, rel=1e-5)
@@ -81,6 +82,56 @@ def test_without_validation_data_the_tool_asks_for_it(tool, train):
 
 # --- a masked model ---
 
+
+class Told:
+    """What an evaluation leaves for the run's folder."""
+
+    details, facts = [{"prediction": "ä", "right": True}], {"confusion": [[1]]}
+
+
+def rows_with(metric: str, *values: float | None) -> list[dict]:
+    return [{"step": step, metric: value} for step, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("metric, values, steps", [
+    ("val_macro_f1", (0.2, 0.4, 0.4, 0.3, 0.5), [1, 2, 5]),
+    ("val_loss", (3.0, 2.0, 2.0, 2.5, 1.0), [1, 2, 5]),
+    ("val_bits_per_byte", (math.nan, None, math.inf, 2.5, 2.4), [4, 5]),
+])  # fmt: skip
+def test_the_best_evaluation_is_the_first_of_the_best_ones(metric, values, steps, tmp_path):
+    best = Best(metric, 0, [], tmp_path)
+    assert best.step is None and best.is_over is None
+    rows = rows_with(metric, *values)
+    assert [row["step"] for row in rows if best.offer(row, Told)] == steps
+    assert best.step == steps[-1] and best.is_over is None, "without patience it is never over"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result == {"metric": metric, "best": values[-1], "step": 5, "figures": {metric: values[-1]},
+                      "confusion": [[1]]}  # fmt: skip
+    assert rows_of(tmp_path / "predictions.jsonl") == Told.details
+    assert Best(metric, 0, rows, None).row == rows[-1], "the journal alone tells it again"
+
+
+def test_patience_ends_a_run_and_counts_from_the_last_better_evaluation():
+    rows = rows_with("val_f1", 0.1, 0.1, 0.2, 0.1, None, 0.2, 0.3)
+    over = [bool(Best("val_f1", 3, rows[:count], None).is_over) for count in range(len(rows) + 1)]
+    assert over == [False] * 6 + [True, False]
+    best = Best("val_f1", 3, rows[:5], None)
+    assert not best.offer(rows[5], Told) and best.is_over == "no better val_f1 in 3 evaluations"
+
+
+def test_a_run_that_went_back_before_its_best_evaluation_forgets_it(tmp_path):
+    rows = rows_with("val_f1", 0.1, 0.3)
+    for row in rows:
+        Best("val_f1", 0, rows[: row["step"] - 1], tmp_path).offer(row, Told)
+    Best("val_f1", 0, rows, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 2, "nothing was undone"
+    Best("val_f1", 0, rows[:1], tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 1
+    assert not (tmp_path / "predictions.jsonl").exists(), "they were those of step 2"
+    Best("val_f1", 0, [], tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
 MASKED = ("objective=masked_lm", "objective.whole_word=true", "objective.z_loss=1e-3", "model.causal=false",
           "train.steps=12", "train.eval_every=6", "deepspeed=zero3")  # fmt: skip
 
@@ -90,10 +141,6 @@ def masked(train):
     """The folder of a finished run of masked_lm on 2 ranks."""
     train(2, "run.name=masked", *MASKED)
     return train.root / "masked"
-
-
-def rows_of_journal(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def plain_scores(folder, stream, windows):
@@ -112,7 +159,7 @@ def plain_scores(folder, stream, windows):
 
 
 def test_a_masked_model_is_validated_on_the_same_masks_each_time(masked, held_out):
-    last = rows_of_journal(masked)[-1]
+    last = journal(masked)[-1]
     windows = [i * held_out.epoch_samples // 13 for i in range(13)]
     loss, accuracy, tokens = plain_scores(masked, held_out, windows)
     assert last["val_loss"] == pytest.approx(loss, rel=1e-5) and last["val_accuracy"] == pytest.approx(accuracy)
@@ -122,14 +169,12 @@ def test_a_masked_model_is_validated_on_the_same_masks_each_time(masked, held_ou
 def test_masked_training_is_the_same_for_any_number_of_ranks(train, masked):
     """With the z-loss in the training loss, and never in the validation's."""
     train(1, "run.name=masked-alone", *MASKED, "deepspeed=zero1")
-    for row, alone in zip(rows_of_journal(masked), rows_of_journal(train.root / "masked-alone"), strict=True):
+    for row, alone in zip(journal(masked), journal(train.root / "masked-alone"), strict=True):
         assert row["batch_hash"] == alone["batch_hash"]
         for key in ("loss", "grad_norm", "val_loss", "val_accuracy"):
             assert row.get(key) == (pytest.approx(alone[key], rel=1e-3) if key in alone else None), key
     config = replace(checkpoint.Weights(masked).config, attention="plain")
-    model = build_model(config)
-    for name, parameter in model.named_parameters():
-        parameter.data = initial_value(name, tuple(parameter.shape), config, 0)
+    model = filled_model(config)
     stream = Stream([manifests.load(train.shards / "train")], [Phase(0, 32, 8, (1.0,))], seed=0)
     objective = make_objective(compose.read(masked / "config.yaml").objective, load_tokenizer(masked), 0)
     inputs, labels = map(torch.from_numpy, objective(stream.rows(stream.numbers(0))))
@@ -137,7 +182,7 @@ def test_masked_training_is_the_same_for_any_number_of_ranks(train, masked):
         logits = model(inputs)[labels != IGNORE].double()
     expected = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE])
     z_loss = 1e-3 * logits.logsumexp(1).square().mean()
-    assert rows_of_journal(masked)[0]["loss"] == pytest.approx(float(expected + z_loss), rel=1e-5)
+    assert journal(masked)[0]["loss"] == pytest.approx(float(expected + z_loss), rel=1e-5)
 
 
 def test_the_tool_compares_a_masked_model_with_the_unigram_model(tool, masked, train, held_out):

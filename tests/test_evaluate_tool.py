@@ -2,15 +2,21 @@
 
 import importlib.util
 import json
+import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pretrain import checkpoint, compose, harness
 from pretrain.config import to_yaml
+from pretrain.data import manifest as manifests
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.report import write_report
-from tools import evaluate
+from pretrain.suite import run_suite
+from tests.models import SMALL, write_weights
+from tools import evaluate, show_batches
 
 QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
 
@@ -30,6 +36,60 @@ def test_suites_stand_beside_the_figures_of_all_held_out_text(tool, undisturbed)
         assert name in said
     page = write_report(undisturbed).read_text()
     assert "Tasks made of held-out text" in page and "Training text known by heart" in page and "val_loss" in page
+
+
+@pytest.fixture(scope="module")
+def tuned(shards, tmp_path_factory):
+    """Runs' folders of fine-tuned models that were not trained: a language model and an embedding model."""
+    root = tmp_path_factory.mktemp("tuned")
+    for task, head in (("language_model", "lm"), ("embedding", "embedding")):
+        line = [*SMALL[1:], "model.vocab_size=512", f"task={task}", f"run.name={task}", "data.train=x.jsonl"]
+        cfg = compose.compose("finetune", line)
+        model = replace(cfg.model, head=head, max_positions=128)
+        write_weights(root / task, model)
+        (root / task / "config.yaml").write_text(to_yaml(cfg))
+        shutil.copy(shards / "train" / "tokenizer.model", root / task)
+    return root
+
+
+def test_a_tuned_language_model_is_evaluated_on_shards_that_are_named(tuned, shards, capsys):
+    run, line = tuned / "language_model", ["--precision", "fp32", "--limit", "8"]
+    with pytest.raises(ValueError, match=r"was fine-tuned for language_model: .* name these with --data"):
+        evaluate.main([str(run), "--suite"])
+    evaluate.main([str(run), "--data", str(shards), "--suite", "--memorization", *line])
+    evaluate.main([str(run), "--data", str(shards), *line])
+    found, cfg = json.loads((run / "evaluation.json").read_text()), compose.read(run / "config.yaml")
+    held_out = manifests.open_split(shards, "val")
+    expected = run_suite(checkpoint.load_model(run), held_out, load_tokenizer(run), cfg.train.seq_len, 8)
+    assert found["suite"] == {"step": 0, **expected} and found["memorization"]["held out"]["exact"] == 0
+    # with small weights the model guesses; the unigram model knows the training shards
+    assert found["val_loss"] == pytest.approx(math.log(512), abs=0.05)
+    assert found["unigram_bits_per_byte"] < found["val_bits_per_byte"] and "gzip -9" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--memorization sets training text beside held-out text, and .*val is both"):
+        evaluate.main([str(run), "--data", str(shards / "val"), "--memorization", *line])
+    with pytest.raises(ValueError, match=r"embedding: its figures .* it is no language model \(model.head=embedding\)"):
+        evaluate.main([str(tuned / "embedding"), "--data", str(shards), "--suite"])
+
+
+def test_batches_of_examples_are_not_shown(tuned):
+    with pytest.raises(ValueError, match="was fine-tuned on examples"):
+        show_batches.main([str(tuned / "embedding"), "--step", "1"])
+
+
+def test_the_harness_runs_alone_also_under_a_launcher(tmp_path, monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "tasks.py").write_text(
+        "class TaskManager:\n    all_tasks = ['it']\n    def __init__(self, **given):\n        pass\n"
+    )
+    (tmp_path / "lm_eval" / "__init__.py").write_text(
+        f"import os\ndef simple_evaluate(**asked):\n    seen = sum(name in os.environ for name in {names})\n"
+        "    return {'results': {'it': {'launched,none': seen, 'sample_len': asked['limit']}}}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert harness.evaluate(tmp_path, "float32", ["it"], None, 3) == {"it": {"launched": 0, "items": 3}}
 
 
 def write_task(folder) -> None:

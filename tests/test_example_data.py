@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from pretrain.data.tables import answers, read_table
+from pretrain.data.table_formats import answers
+from pretrain.data.tables import read_table
 from tools import example_data
 from tools.example_data import MAKERS, Example, Synset, split
 

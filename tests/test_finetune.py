@@ -1,23 +1,26 @@
 """Every task through the real thing: 2 ranks of DeepSpeed ZeRO-2, resumed to the last bit, exported, loaded again."""
 
 import html
+import io
 import json
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from pretrain import checkpoint, compose, convert, dist, entry, finetune
-from pretrain.config import Config, ModelConfig
+from pretrain import checkpoint, compose, convert, dist, entry, finetune, report
+from pretrain.config import Config
 from pretrain.data.tables import read_table
-from pretrain.model.heads import build_model, parameter_shapes
-from pretrain.model.initial import initial_value
-from pretrain.page import words
+from pretrain.model.heads import build_model
+from pretrain.page import brief, words
 from pretrain.predict import Predictor
 from tests.conftest import ROOT, torchrun
+from tests.journals import events, journal, rows_of
+from tests.models import write_weights
 from tests.task_data import write_examples
 
 WORKER = str(ROOT / "tests" / "dist" / "finetune_worker.py")
@@ -26,15 +29,23 @@ SETTINGS = (
     "schedule=constant", "schedule.warmup_steps=0", "optim.lr=1e-3", "log=none", "deepspeed=zero2",
     "train.eval_every=4", "task.stride=16", "task.drop_bad=true",
 )  # fmt: skip
-TASKS = {  # task: (the model it starts from, the class of transformers that it exports to)
+CASES = {  # name, which is the task's but for LoRA: (the model it starts from, what transformers calls its export)
     "classification": ("bert", "BertForSequenceClassification"),
     "token_classification": ("modernbert", "ModernBertForTokenClassification"),
     "extractive_qa": ("bert", "BertForQuestionAnswering"),
     "embedding": ("bert", "BertModel"),
     "instruct": ("llama", "LlamaForCausalLM"),
     "language_model": ("llama", "LlamaForCausalLM"),
+    "lora": ("llama", "LlamaForTokenClassification"),
 }
-MORE = {"instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4")}
+MORE = {"instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4"),
+        "lora": ("tuning=lora", "tuning.lora_rank=2")}  # fmt: skip
+STEPS = {  # name: overrides of a run of which one step is taken
+    "full": ("tuning.layer_lr_decay=0.5",),
+    "head": ("tuning=head",),
+    "last_layers": ("tuning=last_layers", "tuning.last_layers=1"),
+    "lora": ("tuning=lora", "tuning.lora_on=attention"),
+}
 SMALL = ("model.vocab_size=512", "model.layers=2", "model.width=48", "model.heads=4", "model.max_positions=64",
          "model.ffn_width=96")  # fmt: skip
 PRESETS = {"bert": "bert_base", "modernbert": "modernbert_10m", "llama": "llama_tiny"}
@@ -48,15 +59,9 @@ def models(shards, tmp_path_factory):
         objective = "causal_lm" if name == "llama" else "masked_lm"
         model = compose.compose("pretrain", ["run.name=x", f"model={preset}", f"objective={objective}", *SMALL,
                                              "train.seq_len=64", "model.kv_heads=0"]).model  # fmt: skip
-        shapes = parameter_shapes(model)
-        write(root / name, model, lambda key, shapes=shapes, model=model: initial_value(key, shapes[key], model, 0))
+        write_weights(root / name, model)
         (root / name / "tokenizer.model").write_bytes((shards.parent / "tokenizer.model").read_bytes())
     return root
-
-
-def write(folder, model: ModelConfig, read) -> None:
-    folder.mkdir()
-    checkpoint.write_weights(folder, model, read)
 
 
 @pytest.fixture(scope="module")
@@ -66,85 +71,96 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(models, examples, environment, tmp_path_factory):
-    """Of each task: `TASK`, with dropout, in one go, `-resumed` in two; `-plain` on 2 ranks, `-alone` on 1."""
+    """Of each case: `CASE`, with dropout, in one go, `-resumed` in two; `-plain` on 2 ranks, `-alone` on 1. `over`
+    ends when nothing gets better, and was started twice. steps.json: what a step changes.
+    """
     root = tmp_path_factory.mktemp("runs")
 
-    def line(name: str, task: str, *more: str) -> list[str]:
-        init, data = models / TASKS[task][0], examples[task]
-        return [f"task={task}", f"init={init}", f"data.train={data}/train.jsonl", f"data.val={data}/val.jsonl",
-                f"run.root={root}", f"run.name={name}", *SETTINGS, *MORE.get(task, ()), *more]  # fmt: skip
+    def line(name: str, case: str, *more: str) -> list[str]:
+        data = examples[task_of(case)]
+        return [f"task={task_of(case)}", f"init={models / CASES[case][0]}", f"data.train={data}/train.jsonl",
+                f"data.val={data}/val.jsonl", f"run.root={root}", f"run.name={name}", *SETTINGS, *MORE.get(case, ()),
+                *more]  # fmt: skip
 
+    saving = ("train.save_every=4", "model.dropout=0.1")
     two, one = [], []
-    for task in TASKS:
-        dropout = "model.dropout=0.1"
+    for case in CASES:
         two += [
-            line(task, task, "train.steps=12", "train.save_every=4", dropout),
-            line(f"{task}-resumed", task, "train.steps=6", "train.save_every=4", dropout),
-            line(f"{task}-resumed", task, "train.steps=12", "train.save_every=4", dropout),
-            line(f"{task}-plain", task, "train.steps=4", "model.dropout=0"),
+            line(f"{case}-resumed", case, "train.steps=6", *saving),
+            line(f"{case}-resumed", case, "train.steps=8", *saving),
+            line(f"{case}-plain", case, "train.steps=3", "model.dropout=0"),
         ]
-        one.append(line(f"{task}-alone", task, "train.steps=4", "model.dropout=0", "train.micro_batch_size=8"))
-    for ranks, listed in ((2, two), (1, one)):
+        one.append(line(f"{case}-alone", case, "train.steps=3", "model.dropout=0", "train.micro_batch_size=8"))
+    over = ("train.epochs=0.75", "train.eval_every=1", "tuning.early_stopping=2", "optim.lr=1e-12")
+    two += 2 * [line("over", "classification", *over)]
+    alone = ("optim.eps=1e-20", "optim.weight_decay=0", "deepspeed=zero0", "model.dropout=0")
+    steps = {name: line("unused", "classification", *alone, *more) for name, more in STEPS.items()}
+    reported = [line(case, case, "train.steps=8", *saving) for case in CASES]
+    for ranks, asked in ((2, {"runs": reported, "unreported": two, "steps": {}}),
+                         (1, {"runs": [], "unreported": one, "steps": steps})):  # fmt: skip
         request = root / f"runs-{ranks}.json"
-        request.write_text(json.dumps(listed))
-        command = torchrun(2, WORKER, str(request)) if ranks == 2 else [sys.executable, WORKER, str(request)]
+        request.write_text(json.dumps(asked))
+        arguments = [WORKER, str(request), str(root / "steps.json")]
+        command = torchrun(2, *arguments) if ranks == 2 else [sys.executable, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return root
 
 
-def journal(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def task_of(case: str) -> str:
+    return "token_classification" if case == "lora" else case
 
 
 def figures(row: dict) -> dict:
     return {name: value for name, value in row.items() if name.startswith("val_")}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, task):
-    whole, resumed = journal(runs / task), journal(runs / f"{task}-resumed")
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, case):
+    whole, resumed = journal(runs / case), journal(runs / f"{case}-resumed")
     for name in ("step", "tokens", "loss", "grad_norm", "lr", "batch_hash"):
         assert [row[name] for row in resumed] == [row[name] for row in whole], name
-    assert figures(whole[11]) == figures(resumed[11]) and "val_loss" in whole[11]
+    assert figures(whole[7]) == figures(resumed[7]) and "val_loss" in whole[7]
     assert whole[-1]["loss"] < whole[0]["loss"]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_one_rank_learns_what_two_learn(runs, task):
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_learns_what_two_learn(runs, case):
     """Also the embedding, whose loss is between all pairs of the global batch."""
-    two, one = journal(runs / f"{task}-plain"), journal(runs / f"{task}-alone")
+    two, one = journal(runs / f"{case}-plain"), journal(runs / f"{case}-alone")
     assert [row["batch_hash"] for row in one] == [row["batch_hash"] for row in two]
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-4), name
     assert figures(one[-1]) == pytest.approx(figures(two[-1]), rel=1e-3)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_best_checkpoint_is_kept_and_used(runs, task):
-    rows = [row for row in journal(runs / task) if "val_loss" in row]
-    result = json.loads((runs / task / "result.json").read_text())
+@pytest.mark.parametrize("case", CASES)
+def test_the_best_checkpoint_is_kept_and_used(runs, case):
+    rows = [row for row in journal(runs / case) if "val_loss" in row]
+    result = json.loads((runs / case / "result.json").read_text())
     sign = -1 if result["metric"] in ("val_loss", "val_bits_per_byte") else 1
     best = max(rows, key=lambda row: (sign * row[result["metric"]], -row["step"]))
     assert result["step"] == best["step"] and result["figures"] == figures(best)
-    assert checkpoint.to_use(runs / task).name == f"step-{best['step']:09d}"
-    kept = {path.name for path in checkpoint.committed(runs / task / "checkpoints")}
-    assert kept == {f"step-{best['step']:09d}", "step-000000012"}
+    assert checkpoint.to_use(runs / case).name == f"step-{best['step']:09d}"
+    kept = {path.name for path in checkpoint.committed(runs / case / "checkpoints")}
+    assert kept == {f"step-{best['step']:09d}", "step-000000008"}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_it_is_exported_to_the_class_that_transformers_has_for_it(runs, task, tmp_path):
-    proof = convert.export_hf(runs / task, tmp_path / "exported")
-    assert proof["class"] == TASKS[task][1] and proof["max_difference"] <= 1e-4
-    ours, again = checkpoint.Weights(runs / task), convert.open_model(tmp_path / "exported")
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_exported_to_the_class_that_transformers_has_for_it(runs, case, tmp_path, transformers_here):
+    proof = convert.export_hf(runs / case, tmp_path / "exported")
+    assert proof["class"] == CASES[case][1] and proof["max_difference"] <= 1e-4
+    ours, again = checkpoint.Weights(runs / case), convert.open_model(tmp_path / "exported")
     for name in again.shapes:
         assert torch.equal(again.read(name), ours.read(name)), name
-    if task.endswith("classification"):
+    if task_of(case).endswith("classification"):
         theirs = json.loads((tmp_path / "exported" / "config.json").read_text())["id2label"]
-        assert list(theirs.values()) == json.loads((runs / task / "task.json").read_text())["labels"]
+        assert list(theirs.values()) == json.loads((runs / case / "task.json").read_text())["labels"]
 
 
-def test_transformers_predicts_what_the_run_predicts_from_the_texts_themselves(runs, examples, tmp_path):
+def test_transformers_predicts_what_the_run_predicts_from_the_texts_themselves(
+    runs, examples, tmp_path, transformers_here
+):
     """Tokenizer, special ids, padding and weights together: what a user of the export gets."""
     convert.export_hf(runs / "classification", tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -159,18 +175,18 @@ def test_transformers_predicts_what_the_run_predicts_from_the_texts_themselves(r
         assert row["label"] == model.config.id2label[int(np.argmax(theirs))]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_run_explains_itself(runs, task):
-    folder = runs / task
+@pytest.mark.parametrize("case", CASES)
+def test_the_run_explains_itself(runs, case):
+    folder = runs / case
     settings: Config = compose.read(folder / "config.yaml")
-    assert settings.task.name == task == json.loads((folder / "task.json").read_text())["name"]
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    source = next(event for event in events if event["kind"] == "source")
+    assert settings.task.name == task_of(case) == json.loads((folder / "task.json").read_text())["name"]
+    (source,) = events(folder, "source")
     assert source["examples"] > 0 and source["epochs"] > 0
     page, result = (folder / "report.html").read_text(), json.loads((folder / "result.json").read_text())
     assert f"The best evaluation by {words(result['metric'].removeprefix('val_'))}: step {result['step']}" in page
-    for row in map(json.loads, (folder / "predictions.jsonl").read_text().splitlines()):
-        assert row["right"] or html.escape(str(row["prediction"])) in page
+    wrong = [row for row in rows_of(folder / "predictions.jsonl") if row["right"] is False]
+    for row in wrong[: report.MISTAKES]:
+        assert html.escape(brief(row["prediction"])) in page
 
 
 @pytest.fixture
@@ -183,7 +199,7 @@ def check(models, examples, tmp_path, monkeypatch):
             if rows is not None:
                 files[split] = tmp_path / f"{split}.jsonl"
                 files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
-        line = [f"task={task}", f"init={models / TASKS[task][0]}", "run.name=x", f"run.root={tmp_path}", *SETTINGS[:-1],
+        line = [f"task={task}", f"init={models / CASES[task][0]}", "run.name=x", f"run.root={tmp_path}", *SETTINGS[:-1],
                 *(f"data.{split}={file}" for split, file in files.items()), *overrides]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["finetune", *line])
         return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), dist.ALONE)
@@ -257,23 +273,67 @@ def test_balanced_weights_make_rare_labels_count_as_much(check):
     torch.testing.assert_close(weighted / plain, expected)
 
 
-METHODS = {
-    "full": lambda name: True,
-    "head": lambda name: not name.startswith("trunk."),
-    "last_layers tuning.last_layers=1": lambda name: "blocks.0." not in name and "embedding" not in name
-    and not name.startswith(("trunk.positions", "trunk.segments")),
+TOP = {"head.weight", "head.bias", "pooler.weight", "pooler.bias"}
+ATTENTION = {f"attention.{matrix}" for matrix in ("q", "k", "v", "out")}
+BLOCK = {f"{part}.{kind}" for part in (*ATTENTION, "ffn.up", "ffn.down", "attention_norm", "ffn_norm")
+         for kind in ("weight", "bias")}  # fmt: skip
+TABLES = {"trunk.embedding.weight", "trunk.positions.weight", "trunk.segments.weight"}
+EMBEDDED = {"trunk.embedding_norm.weight", "trunk.embedding_norm.bias"}
+MOVED = {  # of each way to tune: {share of the learning rate: what moves so far in the first step}
+    "full": {1.0: TOP, 0.5: {f"trunk.blocks.1.{name}" for name in BLOCK},
+             0.25: {f"trunk.blocks.0.{name}" for name in BLOCK}, 0.125: TABLES | EMBEDDED},
+    "head": {1.0: TOP},
+    "last_layers": {1.0: TOP | {f"trunk.blocks.1.{name}" for name in BLOCK}},
+    "lora": {1.0: TOP | {f"trunk.blocks.{n}.{name}.lora_b" for n in (0, 1) for name in ATTENTION}},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_says_what_learns(check, method):
-    plan = check("classification", *f"tuning={method}".split())
-    for name in parameter_shapes(plan.model):
-        assert plan.trainable(name) == METHODS[method](name), name
+@pytest.mark.parametrize("method", STEPS)
+def test_a_step_moves_what_learns_by_its_learning_rate(runs, method):
+    """AdamW's first step is lr x sign(gradient). Of LoRA's two matrices A has no gradient while B is 0."""
+    changes = json.loads((runs / "steps.json").read_text())[method]
+    found: dict[float, set[str]] = {}
+    for name, change in changes.items():
+        if change:
+            share = round(change / 1e-3, 3)
+            found.setdefault(share, set()).add(name)
+    assert found == MOVED[method]
+    assert len(changes) > len(TOP) + 2 * len(BLOCK)
 
 
-def test_the_learning_rate_decays_from_layer_to_layer(check):
-    scale = check("classification", "tuning.layer_lr_decay=0.5").lr_scale
-    found = {name: scale(name) for name in ("head.weight", "trunk.blocks.1.ffn.up.weight", "trunk.blocks.0.ffn.up.bias",
-                                            "trunk.embedding.weight")}  # fmt: skip
-    assert list(found.values()) == [1.0, 0.5, 0.25, 0.125]
+def test_a_run_ends_when_nothing_gets_better_and_stays_ended(runs):
+    """9 steps are 0.75 epochs of 96 examples; the first of three equal evaluations is the best."""
+    folder = runs / "over"
+    assert [row["step"] for row in journal(folder)] == [1, 2, 3]
+    assert len({row["val_macro_f1"] for row in journal(folder)}) == 1
+    assert compose.read(folder / "config.yaml").train.steps == 9
+    reason = "no better val_macro_f1 in 2 evaluations"
+    assert [(event["reason"], event["step"]) for event in events(folder, "stopped")] == 2 * [(reason, 3)]
+    assert [event["step"] for event in events(folder, "resume")] == [3]
+    assert checkpoint.to_use(folder).name == "step-000000001"
+    assert json.loads((folder / "result.json").read_text())["step"] == 1
+
+
+def test_predictions_are_those_of_the_best_checkpoint(runs, examples):
+    folder, table = runs / "classification", read_table(str(examples["classification"] / "val.jsonl"), "--input")
+    said = rows_of(folder / "predictions.jsonl")
+    told = Predictor(folder, "fp32").outputs(table, 5, lambda count: None)
+    for row, written, predicted in zip(table.rows, said, told, strict=True):
+        assert (written["text"], written["gold"], written["prediction"]) == (
+            row["text"], row["label"], predicted["label"])  # fmt: skip
+        assert written["right"] == (written["gold"] == written["prediction"])
+    share = sum(row["right"] for row in said) / len(said)
+    assert json.loads((folder / "result.json").read_text())["figures"]["val_accuracy"] == pytest.approx(share)
+
+
+def test_a_tar_of_examples_is_the_same_data(check, examples, tmp_path):
+    """The run of a WebDataset tar is the run of the rows in it: its data has the same fingerprint."""
+    lines = (examples["classification"] / "train.jsonl").read_bytes().splitlines()
+    for number, part in enumerate((lines[:50], lines[50:])):
+        with tarfile.open(tmp_path / f"train-{number}.tar", "w") as tar:
+            for place, line in enumerate(part):
+                member = tarfile.TarInfo(f"{place:05d}.json")
+                member.size = len(line)
+                tar.addfile(member, io.BytesIO(line))
+    tars = f"data.train=[{tmp_path}/train-0.tar,{tmp_path}/train-1.tar]"
+    assert check("classification", tars).identity == check("classification").identity

@@ -4,21 +4,18 @@ import io
 import json
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 
-from pretrain import checkpoint, compose, generate
+from pretrain import checkpoint, generate
 from pretrain.cli import run_tool
 from pretrain.data.chat import ChatFormat
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.generate import Sampling, Writer, generate_all, generate_batch, generate_texts, memorized
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
+from pretrain.generate import Sampling, Writer, generate_all, generate_batch, generate_texts
 from tests.conftest import ROOT, torchrun
+from tests.models import some_prompts, tiny_model
 from tools import generate as generate_tool
 
-SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32", "model.max_positions=48"]
 PARTS = {
     "rope and grouped heads": [],
     "learned positions": ["model.positions=learned", "model.norm=layernorm", "model.activation=gelu_tanh"],
@@ -29,20 +26,6 @@ PARTS = {
     "yarn and windows": ["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_original_positions=16",
                          "model.sliding_window=5", "model.attention=plain"],
 }  # fmt: skip
-LENGTHS = (3, 11, 1, 7, 7, 20)
-
-
-def tiny_model(*parts: str) -> torch.nn.Module:
-    config = compose.compose("pretrain", [*SMALL, *parts]).model
-    model = build_model(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(5 * initial_value(name, tuple(parameter.shape), config, 0))  # far from uniform
-    return model
-
-
-def some_prompts() -> list[list[int]]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 97, length).tolist() for length in LENGTHS]
 
 
 @pytest.fixture(scope="module", params=PARTS)
@@ -184,17 +167,6 @@ def test_models_and_prompts_that_cannot_be_continued_are_refused(plain_model):
         generate_batch(plain_model, [[1], [1] * 48], 5)
     with pytest.raises(ValueError, match="max-tokens is 0"):
         generate_batch(plain_model, [[1]], 0)
-
-
-def test_memorized_rows_are_those_that_greedy_text_repeats(plain_model):
-    prompts = [prompt for prompt in some_prompts() * 3 if len(prompt) >= 7]
-    prompts = np.array([prompt[:7] for prompt in prompts])
-    rows = np.concatenate([prompts, np.array(generate_batch(plain_model, prompts.tolist(), 8))], 1)
-    right = np.arange(len(rows)) % 3 > 0
-    rows[0, -1], rows[3, 7], rows[6, 10], rows[9, 12] = 96 - rows[[0, 3, 6, 9], [-1, 7, 10, 12]]
-    told = []
-    assert memorized(plain_model, rows, 7, batch_size=5, on_rows=told.append).tolist() == right.tolist()
-    assert told == [5, 5, 2]
 
 
 # Text

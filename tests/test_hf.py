@@ -20,6 +20,7 @@ from pretrain.model import hf, hf_parts
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.losses import cross_entropy_rows
 from tests.conftest import ROOT
+from tests.models import model_with
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -138,14 +139,8 @@ def into_ours(settings, tensors, ignore=()):
 
 
 def filled(config, values):
-    model = build_model(config).double().eval()
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == values.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            assert parameter.shape == values[name].shape, name
-            parameter.copy_(values[name])
-    return model
+    assert parameter_shapes(config).keys() == values.keys()
+    return model_with(config, lambda name, shape: values[name], torch.float64).eval()
 
 
 def batch(config, seed=2, length=17):

@@ -1,6 +1,5 @@
 """A run that starts from the weights of another: its model, its first loss, and what is refused."""
 
-import json
 import shutil
 
 import numpy as np
@@ -14,17 +13,9 @@ from pretrain.data.objectives import causal_lm
 from pretrain.data.stream import Stream
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.losses import cross_entropy_rows
+from tests.journals import events, journal
 
 ONE_STEP = ("train.steps=1", "data.val=null", "log.sample_tokens=0", "optim.lr=1e-9")
-
-
-def journal(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(folder, kind: str) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])

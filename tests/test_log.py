@@ -18,6 +18,7 @@ import pytest
 from pretrain import log as log_module
 from pretrain.config import LogConfig
 from pretrain.log import Log
+from tests.journals import events, journal
 
 REPO = Path(__file__).parent.parent
 KEY = "d1" * 20  # shaped like an API key
@@ -30,15 +31,6 @@ def open_log(run_dir, start_step=0, wandb="disabled", console=False, is_main=Tru
 
 def row(step, **more):
     return {"step": step, "tokens": step * 64, "loss": 1 / step, "tokens_per_second": 2900.4, "mfu": 0.623} | more
-
-
-def journal(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(run_dir, kind):
-    lines = (run_dir / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
 def test_rows_keep_full_precision_and_null_stands_for_what_is_not_finite(tmp_path):
@@ -83,7 +75,7 @@ def test_a_damaged_or_missing_row_is_told_and_an_intact_journal_is_left_alone(tm
     inode = path.stat().st_ino
     open_log(tmp_path, start_step=5).close()
     assert path.stat().st_ino == inode and not events(tmp_path, "journal")
-    path.write_bytes(path.read_bytes().replace(b'{"step": 3', b'\0\0\0\0\0\0\0\0\0\0'))
+    path.write_bytes(path.read_bytes().replace(b'{"step": 3', b"\0\0\0\0\0\0\0\0\0\0"))
     open_log(tmp_path, start_step=5).close()
     assert [r["step"] for r in journal(tmp_path)] == [1, 2, 4, 5]
     (event,) = events(tmp_path, "journal")
@@ -145,7 +137,7 @@ def test_without_a_terminal_there_are_a_few_plain_lines(tmp_path, capsys):
     log.event("saved", step=50, reason="last\nstep")
     log.close()
     out, err = capsys.readouterr()
-    assert out == "step 20: validation loss 2.2500, 1.1250 bits per byte\nsaved: step 50, reason last step\n"
+    assert out == "step 20: validation loss 2.2500, bits per byte 1.1250\nsaved: step 50, reason last step\n"
     assert len(err.splitlines()) == 2 and "\r" not in err  # fifty quick steps: the first and the last
     assert f"{tmp_path.name} 100% step 50/50: loss 0.0200, 2,900 tokens/s, MFU 62.3%" in err
 

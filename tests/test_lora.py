@@ -8,9 +8,10 @@ import torch
 
 from pretrain import compose
 from pretrain.model import hf
-from pretrain.model.heads import build_model, parameter_shapes, trained_parameters
+from pretrain.model.heads import parameter_shapes, trained_parameters
 from pretrain.model.initial import initial_value
 from pretrain.model.lora import LoRALinear, merged, without_lora
+from tests.models import model_with
 
 SMALL = ["run.name=x", "train.seq_len=32", "model.layers=2", "model.width=24", "model.heads=4", "model.ffn_width=40",
          "model.vocab_size=97", "model.max_positions=64", "model.dropout=0"]  # fmt: skip
@@ -28,11 +29,7 @@ def drawn(name, shape):
 
 
 def filled(config, read):
-    model = build_model(config).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read(name))
-    return model
+    return model_with(config, lambda name, shape: read(name), torch.float64).eval()
 
 
 CASES = [("llama_tiny", "lm", "all"), ("gpt2_124m", "sequence", "all"), ("bert_base", "sequence", "attention"),
@@ -81,10 +78,7 @@ def test_adapters_and_a_new_head_learn_and_nothing_else(preset, head, where):
         tops = tops | {"head.bias", "pooler.weight", "pooler.bias"}
     assert set(names) - set(adapters) == tops
     assert trained_parameters(without_lora(config)) == list(parameter_shapes(without_lora(config)))
-    model = build_model(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(drawn(name, parameter.shape))
+    model = model_with(config, drawn)
     made = model(torch.randint(0, 97, (2, 9)))
     (made * torch.randn_like(made)).sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(names)

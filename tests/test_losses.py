@@ -5,8 +5,8 @@ import torch
 
 from pretrain import compose
 from pretrain.model.heads import LanguageModel
-from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows, loss_rows, score_rows
+from tests.models import filled_model
 
 PRECISION = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -65,11 +65,7 @@ def model():
     """A small masked model in fp64, its weights large enough that mistakes show."""
     changes = ["model.vocab_size=97", "model.causal=false", "model.head_transform=true", "model.head_bias=true"]
     cfg = compose.compose("pretrain", ["run.name=x", "model=llama_tiny", "objective=masked_lm", *changes]).model
-    model = LanguageModel(cfg).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), cfg, 0) * 5)
-    return model
+    return filled_model(cfg, 5).double().eval()
 
 
 def some_batch(share, rows=4, length=40):

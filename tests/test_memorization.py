@@ -1,10 +1,13 @@
-"""Windows are counted as a search for each of them would, and put into the right bucket."""
+"""Windows are counted as a search for each of them would, put into the right bucket, and known by heart or not."""
 
 import numpy as np
 import pytest
 
 from pretrain import memorization
+from pretrain.data import walk
+from pretrain.generate import generate_batch
 from tests.data_helpers import SPECIAL_IDS, random_documents, write_dataset
+from tests.models import some_prompts, tiny_model
 
 SPECIAL = list(SPECIAL_IDS.values())
 
@@ -17,13 +20,14 @@ def count_plainly(chunks: list[np.ndarray], row: np.ndarray) -> int:
 def test_counts_are_those_of_a_plain_search(tmp_path):
     rng = np.random.default_rng(0)
     tokens = rng.integers(7, 10, 3000)  # of three ids, so that short windows repeat
-    documents = np.array_split(tokens, 7)
-    manifest = write_dataset(tmp_path, documents, chunk_tokens=500, shard_tokens=1000)
     chunks = np.array_split(tokens, 6)
-    rows = memorization.distinct(rng.integers(7, 10, (200, 6)))
+    documents = [part for chunk in chunks for part in np.array_split(chunk, 3)]
+    manifest = write_dataset(tmp_path, documents, chunk_tokens=500, shard_tokens=1000)
+    rows = memorization.distinct(np.concatenate([rng.integers(7, 10, (200, 6)), np.full((1, 6), 10)]))
     counts = memorization.count_windows([manifest], rows)
     assert counts.tolist() == [count_plainly(chunks, row) for row in rows] and counts.max() > 5 and counts.min() == 0
     assert memorization.count_windows([manifest, manifest], rows).tolist() == (2 * counts).tolist()
+    assert memorization.count_windows([manifest], np.repeat(rows, 2, axis=0)).tolist() == np.repeat(counts, 2).tolist()
     assert memorization.count_windows([manifest], np.empty((0, 6), dtype=np.int64)).tolist() == []
 
 
@@ -60,9 +64,21 @@ def test_windows_are_in_the_bucket_of_their_count(tmp_path):
 def test_candidates_are_spread_over_all_shards(tmp_path):
     documents = random_documents(200, longest=200)
     manifest = write_dataset(tmp_path, documents)
-    tokens = np.concatenate(documents)
     rows = memorization.windows([manifest], 64, 100, SPECIAL, lambda count: None)
-    step, chunks = len(tokens) // 100, [(at, min(at + 1000, len(tokens))) for at in range(0, len(tokens), 1000)]
-    places = [place for start, end in chunks for place in range(start, end - 63, step)]
-    expected = [tokens[place : place + 64] for place in places]
+    step, chunks = sum(map(len, documents)) // 100, [tokens for tokens, _ in walk.chunks(manifest)]
+    assert len(manifest.shards) > 3 and step < 1000
+    expected = [chunk[place : place + 64] for chunk in chunks for place in range(0, len(chunk) - 63, step)]
     assert [row.tolist() for row in rows] == [row.tolist() for row in expected if not np.isin(row, SPECIAL).any()]
+
+
+def test_memorized_rows_are_those_that_greedy_text_repeats(monkeypatch):
+    for name, value in {"PROMPT": 7, "CONTINUATION": 8, "BATCH_SIZE": 5}.items():
+        monkeypatch.setattr(memorization, name, value)
+    model = tiny_model()
+    prompts = np.array([prompt[:7] for prompt in some_prompts() * 3 if len(prompt) >= 7])
+    rows = np.concatenate([prompts, np.array(generate_batch(model, prompts.tolist(), 8))], 1)
+    right = np.arange(len(rows)) % 3 > 0
+    rows[0, -1], rows[3, 7], rows[6, 10], rows[9, 12] = 96 - rows[[0, 3, 6, 9], [-1, 7, 10, 12]]
+    told = []
+    assert memorization.memorized(model, rows, told.append).tolist() == right.tolist()
+    assert told == [5, 5, 2]

@@ -10,11 +10,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pretrain import compose
 from pretrain.model.attention import plain, same_document, sdpa
-from pretrain.model.heads import build_model, parameter_shapes
+from pretrain.model.heads import parameter_shapes
 from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.model.positions import places_in_documents, rotations, sinusoids
 from pretrain.model.transformer import flops_per_token, has_window
+from tests.models import filled_model
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32"]
 
@@ -24,12 +25,7 @@ def model_config(*overrides):
 
 
 def build(cfg, dtype=torch.float32):
-    model = build_model(cfg).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), cfg, 0))
-            parameter.mul_(5)  # far from the uniform distribution, so that mistakes show
-    return model
+    return filled_model(cfg, 5).to(dtype).eval()
 
 
 @pytest.mark.parametrize("causal", [True, False])

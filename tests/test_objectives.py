@@ -18,9 +18,8 @@ from pretrain.data.pieces import train
 from pretrain.data.source import StreamOptions
 from pretrain.data.stream import Rows, Stream
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
 from tests.data_helpers import python_like_text, random_documents, write_dataset
+from tests.models import filled_model
 
 MASKED = ObjectiveConfig("masked_lm", 0.15, False, 0.0)
 SEQ_LEN, BATCH, VOCAB = 32, 24, 500
@@ -278,10 +277,8 @@ def test_a_model_that_looks_ahead_does_not_see_padding(tmp_path, dataset, tokeni
 
     cfg = compose.compose("pretrain", ["run.name=x", "model=llama_tiny", f"model.vocab_size={VOCAB}",
                                        "model.causal=false", "objective=masked_lm"]).model  # fmt: skip
-    model = build_model(cfg).eval()
+    model = filled_model(cfg, 5).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), cfg, 0) * 5)
         row = int(np.argmax((documents < 0).sum(1)))
         held = int((documents[row] == 0).sum())
         one, its = torch.from_numpy(inputs[row : row + 1]), torch.from_numpy(documents[row : row + 1])

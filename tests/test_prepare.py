@@ -107,7 +107,6 @@ def test_the_input_is_cut_the_same_way_whoever_reads_it(source, tokenizer, tmp_p
 
 def test_compressed_input_counts_four_times(tokenizer, tmp_path):
 
-
     for i in range(8):
         (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(os.urandom(100), mtime=0))  # 123 bytes on disk
     plan = make_plan(tmp_path, "run", find_files([tmp_path]), tokenizer, Settings(shard_tokens=246))

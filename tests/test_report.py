@@ -15,6 +15,7 @@ import pytest
 from pretrain import curves
 from pretrain.hardware import environment
 from pretrain.report import write_report
+from tests.journals import journal
 from tools.report import headline
 
 REPO = Path(__file__).parent.parent
@@ -201,7 +202,7 @@ def test_the_command_line(tmp_path):
 def tuned_run(run_dir):
     """A fine-tuned run's folder: figures of its own in the journal, its best evaluation, and what it got wrong."""
     write_run(run_dir, 20)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = journal(run_dir)
     for row in rows:
         row.pop("val_bits_per_byte", None)
         if row["step"] % 10 == 0:

@@ -9,10 +9,8 @@ import torch
 
 from pretrain import checkpoint, compose
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
 from pretrain.tasks.embed import embed_texts
-from tests.test_generate import SMALL
+from tests.models import SMALL, write_weights
 
 faiss = pytest.importorskip("faiss")
 from pretrain.vectors import Index, write_index  # noqa: E402
@@ -37,12 +35,7 @@ def runs(shards, tmp_path_factory):
     last = ["model.head=embedding", "model.pooling=last"]
     for name, head, seed in (("lm", [], 0), ("tuned", last, 0), ("other", last, 1)):
         config = compose.compose("pretrain", [*SMALL, "model.vocab_size=512", *head]).model
-
-        def read(name: str, config=config, seed=seed) -> torch.Tensor:
-            shape = dict((n, tuple(p.shape)) for n, p in build_model(config).named_parameters())[name]
-            return 5 * initial_value(name, shape, config, seed)
-
-        checkpoint.write_weights(root / name, config, read)
+        write_weights(root / name, config, 5, seed)
         shutil.copy(shards / "train" / "tokenizer.model", root / name)
     return root
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.journals import rows_of
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slurm
 STEPS = 60
@@ -60,7 +62,7 @@ def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path
     )
     assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
     assert found == expected
-    events = [json.loads(line) for line in (tmp_path / "requeued" / "events.jsonl").read_text().splitlines()]
+    events = rows_of(tmp_path / "requeued" / "events.jsonl")
     resumed = [event for event in events if event["kind"] == "resume"]
     assert [(event["step"], event["ranks"]) for event in resumed] == [(after_save, 2)]
 

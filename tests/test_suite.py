@@ -7,7 +7,7 @@ import torch
 from pretrain import suite
 from pretrain.data.tokenizer import load_tokenizer
 from tests.data_helpers import random_documents, write_dataset
-from tests.test_generate import tiny_model
+from tests.models import tiny_model
 
 
 @pytest.fixture(scope="module")

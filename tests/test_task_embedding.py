@@ -1,5 +1,6 @@
 """Embeddings: the loss of a whole global batch in any split, vectors ranks and figures of held-out pairs."""
 
+import functools
 import json
 import math
 import subprocess
@@ -10,36 +11,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain import compose
-from pretrain.data.tables import read_table
+from pretrain import finetune
 from pretrain.data.tasks import ExampleRows
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.tasks import contrast, embedding
 from pretrain.tasks.contrast import Pairs, gradients, log_normalisers, pair_losses
 from pretrain.tasks.embedding import Embedding, ranked
+from pretrain.tasks.validation import TaskValidation
 from tests.conftest import ROOT, torchrun
+from tests.task_helpers import config_of, make, table_of
 
 WORKER = str(ROOT / "tests" / "dist" / "contrast_worker.py")
-MODEL = ["model=llama_tiny", "model.causal=false", "model.head=embedding", "model.pooling=mean"]
+MODEL = ["model.causal=false", "model.head=embedding", "model.pooling=mean"]
 
 
 @pytest.fixture
 def new_task(shards):
-    def make(*overrides: str, seq_len: int = 16) -> Embedding:
-        cfg = compose.compose("finetune", ["task=embedding", "run.name=x", "data.train=x", *MODEL, *overrides])
-        return Embedding(cfg.task, load_tokenizer(shards), cfg.model, seq_len, "none", 0)
-
-    return make
+    return functools.partial(make, "embedding", load_tokenizer(shards), *MODEL)
 
 
 @pytest.fixture
 def table(tmp_path):
-    def write(*rows: dict):
-        path = tmp_path / "pairs.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_table(str(path), "data.val")
-
-    return write
+    return functools.partial(table_of, tmp_path, name="pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +112,7 @@ def test_the_loss_of_hand_made_pairs():
 
 
 def test_batches_hold_both_texts_with_their_special_ids_cut_to_the_length(new_task, table):
-    task = new_task(seq_len=8)
+    task = new_task("train.seq_len=8")
     pairs = table({"query": "list", "document": "def f(a, b): return {a: b}"}, {"query": "dict", "document": "list"})
     examples = task.encode(pairs)
     tokenizer, columns = task.tokenizer, examples.columns
@@ -190,7 +183,8 @@ def test_figures_and_details_of_held_out_pairs(new_task, table):
         "recall_at_1": 1 / 3, "recall_at_10": 1, "mrr": (1 + 1 / 2 + 1 / 3) / 3,
         "ndcg_at_10": (1 + 1 / math.log2(3) + 1 / 2) / 3,
     })  # fmt: skip
-    assert set(figures) < set(task.figures) and task.best.removeprefix("val_") in figures and facts == {"documents": 3}
+    assert {"loss", *figures} == set(task.figures_of(examples)) and facts == {"documents": 3}
+    assert task.best_on(examples) == "val_mrr" and "mrr" in figures
     assert details[1] == {"query": "q1", "gold": "d1", "prediction": "d2", "rank": 2, "right": False}
     assert [row["right"] for row in details] == [True, False, False]
 
@@ -202,11 +196,24 @@ def test_scored_pairs_have_a_correlation_instead(new_task, table):
     vectors = torch.stack([vectors_at(0, 0, 0), vectors_at(20, 90, 60)], 1).flatten(1).numpy()
     figures, details, _ = task.score(scored, examples, vectors)
     assert figures == {"spearman": pytest.approx(0.5)}  # ranks 3, 2, 1 beside 3, 1, 2
+    assert task.figures_of(examples) == ("spearman",) and task.best_on(examples) == "val_spearman"
     assert details[1] == {"query": "q1", "document": "d1", "gold": 3.5, "prediction": pytest.approx(0, abs=1e-7)}
     told = task.outputs(scored, examples, vectors)
     assert [row["similarity"] for row in told] == pytest.approx(
         [math.cos(math.radians(a)) for a in (20, 90, 60)], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("scored, best, other", [(True, "val_spearman", "val_mrr"), (False, "val_mrr", "val_spearman")])
+def test_the_best_figure_is_one_that_these_pairs_have(new_task, table, scored, best, other):
+    task = new_task()
+    pairs = table(*({"query": f"q{n}", "document": f"d{n}"} | ({"score": n} if scored else {}) for n in range(3)))
+    validation = TaskValidation(task, pairs, task.encode(pairs), 2)
+    cfg = config_of("embedding", "data.val=x")
+    assert finetune.best_metric(cfg, task, validation) == best
+    for wrong in (other, "val_loss") if scored else (other,):
+        with pytest.raises(ValueError, match=f"tuning.best={wrong} is no figure of .*: take one of .*{best}"):
+            finetune.best_metric(config_of("embedding", "data.val=x", f"tuning.best={wrong}"), task, validation)
 
 
 def test_queries_alone_give_their_vectors(new_task, table):

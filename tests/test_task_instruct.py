@@ -6,22 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import distributed
 
 from pretrain.data.chat import ChatFormat
 from pretrain.data.objectives import IGNORE
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.dist import ALONE
 from pretrain.generate import generate_batch, prompt_ids
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
 from pretrain.tasks.instruct import Instruct
-from pretrain.tasks.validation import TaskValidation
 from tests.conftest import ROOT, torchrun
-from tests.task_helpers import batch_of, byte_level, config_of, make, sentence_pieces, table_of
-from tests.test_generate import some_prompts, tiny_model
+from tests.models import some_prompts, tiny_model
+from tests.task_helpers import (
+    batch_of,
+    byte_level,
+    judged,
+    make,
+    new_model,
+    sentence_pieces,
+    table_of,
+    taught,
+)
 
-CHATML = (
+TEMPLATE = (  # ChatML
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -50,25 +54,9 @@ def tokenizers(tmp_path_factory) -> dict:
                                         "special": True, **flags})  # fmt: skip
     (root / "chat").mkdir()
     (root / "chat" / "tokenizer.json").write_text(json.dumps(content))
-    (root / "chat" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
+    (root / "chat" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     pieces = sentence_pieces(root / "pieces", ["Hello Hallo Question: Answer: yes no\n"] * 9, 290)
     return {"bytes": plain, "chat": load_tokenizer(root / "chat"), "pieces": pieces}
-
-
-@pytest.fixture(scope="module")
-def group():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-def new_model(tokenizer, *overrides: str) -> torch.nn.Module:
-    config = replace(config_of("instruct", *overrides).model, vocab_size=tokenizer.vocab_size)
-    model = build_model(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 0))
-    return model
 
 
 def learnt(task, examples, number: int) -> tuple[list[int], list[int]]:
@@ -95,6 +83,7 @@ def test_a_response_stands_right_after_its_prompt(tokenizers, tmp_path, kind, pr
     assert inputs[len(start) :] + targets[-1:] == targets, "every id of the response, and its end"
     assert targets[-1] == tokenizer.eos and tokenizer.decode(targets) == prompt[len(before) :] + response
     assert targets[:-1] == tokenizer.encode(prompt[len(before) :] + response)
+    assert task.described()["chat"] is False, "an export of it gets no chat template"
 
 
 def test_a_token_never_reaches_over_from_the_prompt_into_the_response(tokenizers, tmp_path):
@@ -150,7 +139,7 @@ def test_a_conversation_without_a_template_is_written_by_ours(tokenizers, tmp_pa
     task = make("instruct", tokenizer, NO_PACKING, "train.seq_len=256")
     inputs, targets = learnt(task, task.encode(table_of(tmp_path, talk(*TALK))), 0)
     assert inputs[0] == tokenizer.prefix[0] and targets.count(tokenizer.eos) == 2
-    assert tokenizer.decode(targets) == " Hello! Yes 🎉"
+    assert tokenizer.decode(targets) == " Hello! Yes 🎉" and task.described()["chat"] is True
 
 
 # Packing
@@ -165,7 +154,7 @@ def test_packing_changes_no_loss_and_no_gradient(tokenizers, tmp_path):
     for packing in ("best_fit", "none"):
         task = make("instruct", tokenizers["bytes"], f"data.packing={packing}")
         examples = task.encode(table)
-        model = new_model(tokenizers["bytes"])
+        model = new_model(task)
         batch = batch_of(task, examples)
         losses = task.loss_rows(model, **batch)
         losses.sum().backward()
@@ -225,36 +214,24 @@ QUESTIONS = ("a", "bb", "a b", "c", "ccc")
 
 
 @pytest.fixture(scope="module")
-def taught(tokenizers, tmp_path_factory):
+def answering(tokenizers, tmp_path_factory):
     """A model that has learnt by heart to answer 1 to 5 to the questions, as a chat, and those rows."""
     rows = [pair(text, f"no. {number}") for number, text in enumerate(QUESTIONS, 1)]
     table = table_of(tmp_path_factory.mktemp("rows"), *rows)
     task = make("instruct", tokenizers["chat"], "train.seq_len=64")
-    batch, model = batch_of(task, task.encode(table)), new_model(tokenizers["chat"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(90):
-        loss = task.loss_rows(model, **batch).sum() / (batch["labels"] != IGNORE).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(loss.detach()) < 0.05, "it has learnt them"
-    return model.eval().requires_grad_(False), table
+    return taught(task, table, 90).eval(), table
 
 
 def validate(task, table, model, micro_batch_size=2) -> tuple[dict, list[dict]]:
-    validation = TaskValidation(task, table, task.encode(table), micro_batch_size)
-    calls = []
-
-    def evaluate(function, **batch):
-        calls.append(function)
-        return function(model, **batch).double().cpu()
-
-    figures = validation.run(evaluate, ALONE, torch.device("cpu"))
+    calls: list = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    figures, validation = judged(task, table, model, micro_batch_size)
+    hook.remove()
     return figures | {"calls": len(calls)}, validation.details
 
 
-def test_responses_are_written_and_judged(tokenizers, taught, group, tmp_path):
-    model, table = taught
+def test_responses_are_written_and_judged(tokenizers, answering, tmp_path):
+    model, table = answering
     settings = ("train.seq_len=64", "task.max_new_tokens=12")
     task = make("instruct", tokenizers["chat"], *settings, "task.figures=answers")
     assert task.best == "val_f1" and task.figures == ("accuracy", "exact_match", "f1")
@@ -273,19 +250,19 @@ def test_responses_are_written_and_judged(tokenizers, taught, group, tmp_path):
     assert details[3]["prediction"] == "no. 4" and details[3]["score"] == 0.5
 
 
-def test_the_figures_of_each_kind_and_none(tokenizers, taught, group):
-    model, table = taught
+def test_the_figures_of_each_kind_and_none(tokenizers, answering):
+    model, table = answering
     settings = ("train.seq_len=64", "task.max_new_tokens=12")
     for kind, best, score in (("translation", "val_chrf", 100), ("summaries", "val_rouge_l", 1)):
         task = make("instruct", tokenizers["chat"], *settings, f"task.figures={kind}", "task.generate_samples=1")
         figures, details = validate(task, table, model)
-        assert task.best == best and set(figures) == {"calls", "val_loss", *(f"val_{name}" for name in task.figures)}
+        assert task.best == best
+        assert set(figures) == {"calls", *(f"val_{name}" for name in task.figures_of(task.encode(table)))}
         assert figures[best] == pytest.approx(score) and details[0]["score"] == pytest.approx(score)
-    for nothing in ("task.figures=none", "task.generate_samples=0"):
-        task = make("instruct", tokenizers["chat"], *settings, "task.figures=answers", nothing)
-        figures, details = validate(task, table, model, micro_batch_size=5)
-        assert figures.pop("calls") == 1 and set(figures) == {"val_loss", "val_accuracy"}
-        assert task.best == "val_loss" and details == []
+    task = make("instruct", tokenizers["chat"], *settings, "task.figures=none")
+    figures, details = validate(task, table, model, micro_batch_size=5)
+    assert figures.pop("calls") == 1 and set(figures) == {"val_loss", "val_accuracy"}
+    assert task.best == "val_loss" and details == []
 
 
 def test_ranks_write_together_what_one_writes_alone(environment, tmp_path):
@@ -300,8 +277,8 @@ def test_ranks_write_together_what_one_writes_alone(environment, tmp_path):
     assert len({len(ids) for ids in ended}) > 1
 
 
-def test_a_response_for_every_row(tokenizers, taught, tmp_path):
-    model, _ = taught
+def test_a_response_for_every_row(tokenizers, answering, tmp_path):
+    model, _ = answering
     task = make("instruct", tokenizers["chat"], "train.seq_len=64", "task.max_new_tokens=12")
     done = []
     table = table_of(tmp_path, *({"prompt": text} for text in QUESTIONS))
@@ -309,7 +286,7 @@ def test_a_response_for_every_row(tokenizers, taught, tmp_path):
     assert task.respond(model, table, 2, done.append) == expected and sum(done) == 5
     talks = [talk(("user", "a")), talk(("user", "bb"), ("assistant", "the last answer is not looked at"))]
     assert task.respond(model, table_of(tmp_path, *talks), 8) == expected[:2]
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2, message 1: it must have a role and a content"):
+    with pytest.raises(ValueError, match=r"line 2: the conversation, message 1: it must have a role and a content"):
         task.respond(model, table_of(tmp_path, talks[0], {"messages": ["a"]}), 8)
     long = table_of(tmp_path, {"prompt": "a"}, {"prompt": "a" * 5000})
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: the prompt has 50\d\d tokens, the model \d+ positions"):
@@ -319,7 +296,7 @@ def test_a_response_for_every_row(tokenizers, taught, tmp_path):
 def test_without_a_template_the_end_of_a_text_ends_a_response(tokenizers, tmp_path):
     tokenizer = tokenizers["pieces"]
     task = make("instruct", tokenizer, "task.max_new_tokens=9")
-    model = new_model(tokenizer).eval().requires_grad_(False)
+    model = new_model(task).eval().requires_grad_(False)
     told = task.respond(model, table_of(tmp_path, {"prompt": "Question: "}), 1)
     found = generate_batch(model, [prompt_ids(tokenizer, "Question:")], 9, stop_ids=(tokenizer.eos,))
     assert told == [{"response": tokenizer.decode(found[0]).strip()}] and found[0]

@@ -1,21 +1,15 @@
 """Further pretraining on texts: windows and targets to the token, masks as in pretraining, bits per byte by hand."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed
 
 from pretrain.data.objectives import IGNORE, MaskedLM
 from pretrain.data.stream import Rows
 from pretrain.data.tasks import ExampleStream
-from pretrain.dist import ALONE
-from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
-from pretrain.tasks.validation import TaskValidation
-from tests.task_helpers import batch_of, byte_level, config_of, make, sentence_pieces, table_of
+from tests.task_helpers import batch_of, byte_level, config_of, judged, make, new_model, sentence_pieces, table_of
 
 TEXTS = ["One text.", "Ein Text, länger als andere Texte 🎉.", "", "一段文字", "a b c " * 9]
 MASKED = ("model.causal=false", "objective=masked_lm", "objective.mask_rate=0.3")
@@ -30,26 +24,6 @@ def tokenizers(tmp_path_factory) -> dict:
 @pytest.fixture
 def table(tmp_path):
     return table_of(tmp_path, *({"text": text} for text in TEXTS))
-
-
-@pytest.fixture(scope="module")
-def group():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-def new_model(tokenizer, *overrides: str) -> torch.nn.Module:
-    config = replace(config_of("language_model", *overrides).model, vocab_size=tokenizer.vocab_size)
-    model = build_model(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(5 * initial_value(name, tuple(parameter.shape), config, 0))  # far from uniform
-    return model
-
-
-def evaluated(model):
-    return lambda function, **batch: function(model, **batch).detach().double().cpu()
 
 
 def nats_of(model, tokens) -> float:
@@ -81,18 +55,17 @@ def test_texts_stand_next_to_each_other_in_windows_that_share_no_target(tokenize
     assert batch["inputs"][-1].tolist() == whole[starts[-1] :] + [0] * (15 - last)
 
 
-def test_bits_per_byte_are_those_of_a_plain_computation(tokenizers, table, group):
+def test_bits_per_byte_are_those_of_a_plain_computation(tokenizers, table):
     tokenizer = tokenizers["pieces"]
     task = make("language_model", tokenizer, "train.seq_len=16", "objective.z_loss=0.1")
     assert task.best == "val_bits_per_byte" and task.figures == ("accuracy", "bits_per_byte")
-    examples, model = task.encode(table), new_model(tokenizer)
+    examples, model = task.encode(table), new_model(task, 5)
     windows = [examples.columns["inputs"][i].tolist() for i in range(len(examples))]
     nats, targets = sum(nats_of(model, tokens) for tokens in windows), sum(len(tokens) - 1 for tokens in windows)
     hits = sum(int((model(torch.tensor([w[:-1]]))[0].argmax(-1) == torch.tensor(w[1:])).sum()) for w in windows)
     text_bytes = len("".join(TEXTS).encode())  # the special tokens have none, the first of which is no target
     for micro_batch_size in (1, 3, 100):
-        validation = TaskValidation(task, table, examples, micro_batch_size)
-        figures = validation.run(evaluated(model), ALONE, torch.device("cpu"))
+        figures, validation = judged(task, table, model, micro_batch_size)
         assert figures == pytest.approx({
             "val_loss": nats / targets, "val_accuracy": hits / targets,
             "val_bits_per_byte": nats / math.log(2) / text_bytes,
@@ -106,13 +79,13 @@ def test_the_training_loss_has_the_z_loss(tokenizers, table):
     for weight in (0.0, 0.01):
         task = make("language_model", tokenizer, f"objective.z_loss={weight}")
         batch = batch_of(task, task.encode(table))
-        losses.append(float(task.loss_rows(new_model(tokenizer), **batch).detach().sum()))
+        losses.append(float(task.loss_rows(new_model(task, 5), **batch).detach().sum()))
     at = batch["labels"] != IGNORE
-    normalisers = new_model(tokenizer)(batch["inputs"]).detach()[at].logsumexp(-1)
+    normalisers = new_model(task, 5)(batch["inputs"]).detach()[at].logsumexp(-1)
     assert losses[1] - losses[0] == pytest.approx(float(0.01 * normalisers.square().sum()), rel=1e-3)
 
 
-def test_a_masked_model_is_asked_what_pretraining_asks(tokenizers, table, group):
+def test_a_masked_model_is_asked_what_pretraining_asks(tokenizers, table):
     tokenizer = tokenizers["pieces"]
     task = make("language_model", tokenizer, "train.seq_len=16", *MASKED)
     assert task.best == "val_loss" and task.figures == ("accuracy",)
@@ -131,20 +104,21 @@ def test_a_masked_model_is_asked_what_pretraining_asks(tokenizers, table, group)
         assert ((batch["documents"] == -1).sum(1) == 16 - real).all() and real.min() < 16
         assert (labels[batch["documents"] == -1] == IGNORE).all() and 0.1 < (labels != IGNORE).mean() < 0.5
     assert (batches[0]["labels"] != batches[1]["labels"]).any(), "the second epoch has other masks"
-    model = new_model(tokenizer, *MASKED)
+    model = new_model(task, 5)
     batch = batch_of(task, examples)
     at, logits = batch["labels"] != IGNORE, model(batch["inputs"], documents=batch["documents"]).detach().double()
     expected = {"val_loss": float(torch.nn.functional.cross_entropy(logits[at], batch["labels"][at])),
                 "val_accuracy": float((logits.argmax(-1) == batch["labels"])[at].double().mean())}  # fmt: skip
-    figures = TaskValidation(task, table, examples, 3).run(evaluated(model), ALONE, torch.device("cpu"))
+    figures, _ = judged(task, table, model, 3)
     assert figures == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_text_is_told_by_itself(tokenizers, table):
     """The empty text has no token to predict where nothing stands before a text."""
     for kind in ("bytes", "pieces"):
-        tokenizer, model = tokenizers[kind], new_model(tokenizers[kind])
+        tokenizer = tokenizers[kind]
         task = make("language_model", tokenizer, "train.seq_len=16")
+        model = new_model(task, 5)
         examples = task.encode(table, with_gold=False)
         told = task.outputs(table, examples, task.score_rows(model, **batch_of(task, examples))[:, 2:].detach().numpy())
         assert len(told) == len(TEXTS)
@@ -166,7 +140,7 @@ def test_what_cannot_be_learnt_is_refused(tokenizers, tmp_path):
         make("language_model", tokenizers["pieces"], "objective=masked_lm")
     with pytest.raises(ValueError, match="has no mask token"):
         make("language_model", tokenizers["bytes"], *MASKED)
-    with pytest.raises(ValueError, match="has no example left of 1 rows"):
+    with pytest.raises(ValueError, match="rows.jsonl has no text of more than one token"):
         make("language_model", tokenizers["bytes"]).encode(table_of(tmp_path, {"text": ""}))
     with pytest.raises(ValueError, match=r"line 2: column 'text' holds 5, not text"):
         make("language_model", tokenizers["bytes"]).encode(table_of(tmp_path, {"text": "a"}, {"text": 5}))

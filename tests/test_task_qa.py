@@ -205,9 +205,7 @@ def test_one_window_with_an_answer_is_enough(tokenizers, bert, tmp_path):
     examples = task.encode(table)
     log = np.log
     said = np.array([[log(0.1), 0, 0, log(0.9)], [log(0.5), 6, 7, log(0.4)]])
-    assert task.outputs(table, examples, said) == [
-        {"answer": "w12 w13", "score": 0.5, "start": words(0, 12).__len__() + 1}
-    ]
+    assert task.outputs(table, examples, said) == [{"answer": "w12 w13", "score": 0.5, "start": len(words(0, 12)) + 1}]
     said[1, 3] = log(0.6)
     assert task.outputs(table, examples, said) == [{"answer": "", "score": 0.6, "start": None}]
 

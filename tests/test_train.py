@@ -1,6 +1,5 @@
 """The trainer as a user runs it, on real ranks: killed and resumed, moved between stages and ranks, and misused."""
 
-import json
 import os
 import random
 import signal
@@ -12,16 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LENGTH, command
+from tests.journals import events, journal
 
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
-
-
-def journal(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 def exact(rows: list[dict]) -> list[tuple]:
@@ -87,7 +79,7 @@ def test_killed_twice_at_random_steps_a_run_is_bitwise_the_undisturbed_one(train
 def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(train, environment, undisturbed):
     assert disturb(train, environment, "stopped", 7, signal.SIGUSR1, "deepspeed=zero1") == 0
     stopped = train.root / "stopped"
-    (stop,) = [event for event in events(stopped) if event["kind"] == "stopped"]
+    (stop,) = events(stopped, "stopped")
     assert stop["reason"] == "SIGUSR1" and 7 <= stop["step"] < 24
     assert (stopped / "checkpoints" / f"step-{stop['step']:09d}").is_dir()
     train(2, "run.name=stopped", "deepspeed=zero1", *LENGTH)
@@ -95,7 +87,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_bitwise(train, environment, und
     at = stop["step"] - 1  # a run that must stop does not evaluate first
     assert found[:at] == reference[:at] and found[at + 1 :] == reference[at + 1 :]
     assert found[at][:6] == reference[at][:6]
-    assert [event["step"] for event in events(stopped) if event["kind"] == "resume"] == [stop["step"]]
+    assert [event["step"] for event in events(stopped, "resume")] == [stop["step"]]
 
 
 def test_any_stage_at_any_number_of_ranks_goes_on_from_any_checkpoint(train, undisturbed):

@@ -371,9 +371,10 @@ def test_a_changed_set_of_shards_is_said(dataset, capsys, tmp_path, tokenizer):
         "note: 00000001.tar is not the one that the old index named; it is taken as it is now",
         "note: 00000002.tar, which the old index named, is not there any more",
     ]
-    assert manifests.load(dataset.folder).tokens == dataset.tokens - sum(
-        dataset.shards[i].tokens for i in (1, 2)
-    ) + other.tokens
+    assert (
+        manifests.load(dataset.folder).tokens
+        == dataset.tokens - sum(dataset.shards[i].tokens for i in (1, 2)) + other.tokens
+    )
 
 
 def stock_shards(folder: Path, samples: list[dict], per_shard: int = 4, **options) -> None:

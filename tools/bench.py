@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     precision = hardware.resolve_precision("auto", torch.device("cpu"))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = hardware.DTYPES[precision]
     for name in args.what or BENCHES:
         BENCHES[name](dtype, precision)
 

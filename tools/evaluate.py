@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain import checkpoint, compose, convert, dist, generate, hardware, harness, memorization
+from pretrain import checkpoint, compose, convert, dist, hardware, harness, memorization
 from pretrain.cli import run_tool
 from pretrain.config import Config
 from pretrain.data import manifest as manifests
@@ -40,13 +40,12 @@ from pretrain.data.objectives import IGNORE, MaskedLM, make_objective
 from pretrain.data.stream import Rows, Stream
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.evaluate import Validation
-from pretrain.files import write_atomically
+from pretrain.files import EVALUATION, RESULT, read_object, write_atomically
 from pretrain.suite import run_suite
 
 READ_AT_ONCE = 256  # windows
 LIMIT = 500  # examples of a task of --suite, windows of a kind for --memorization
 SUITES = ("suite", "memorization", "tasks")
-RESULTS = "evaluation.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,13 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.tasks:
         found["tasks"] = harness_tasks(args)
     show(found, folder)
-    save(folder / RESULTS, found)
+    save(folder / EVALUATION, found)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
-    parser.add_argument("--data", help="validation shards (default: the run's data.val)")
+    parser.add_argument("--data", help="shards (default: the run's, if it has some)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: %(default)s")
     parser.add_argument("--suite", action="store_true", help="tasks made of the validation shards")
     parser.add_argument("--memorization", action="store_true", help="training text that the model knows by heart")
@@ -86,7 +85,8 @@ def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{args.run} is a Hugging Face folder: give it --tasks, or import it (tools/import_hf.py)")
     cfg, tokenizer = read_run(args, folder), load_tokenizer(folder)
     step = {"step": checkpoint.read_header(checkpoint.to_use(args.run)).step}
-    model, device = open_model(args.run, args.precision)
+    device = dist.device_of()
+    model = checkpoint.load_model(args.run).to(device, hardware.dtype_for(args.precision, device))
     limit = args.limit or LIMIT
     found: dict[str, Any] = {}
     if args.suite:
@@ -98,20 +98,19 @@ def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def read_run(args: argparse.Namespace, folder: Path) -> Config:
-    """The run's config, its validation shards those that the command line names."""
+    """The run's config, with the shards that the command line names; a fine-tuned run has none of its own."""
     cfg = compose.read(folder / "config.yaml")
     if cfg.task is not None:
-        raise ValueError(f"{folder} was fine-tuned for {cfg.task.name}: its figures are in result.json, and "
-                         f"tools/predict.py {folder} --input FILE --score has them of other data")  # fmt: skip
+        other = (f"{folder} was fine-tuned for {cfg.task.name}: its figures are in {RESULT}, and tools/predict.py "
+                 f"{folder} --input FILE --score has them of other data")  # fmt: skip
+        if not args.data:
+            raise ValueError(f"{other}; for those of a language model on shards, name these with --data")
+        if (head := checkpoint.read_header(checkpoint.to_use(args.run)).model["head"]) != "lm":
+            raise ValueError(f"{other}; it is no language model (model.head={head})")
+        cfg = replace(cfg, data=replace(cfg.data, train=args.data))
     if not (args.data or cfg.data.val):
         raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
     return replace(cfg, data=replace(cfg.data, val=args.data or cfg.data.val))
-
-
-def open_model(run: Path, precision: str) -> tuple[torch.nn.Module, torch.device]:
-    device = dist.start(dist.ALONE)
-    dtype = torch.bfloat16 if hardware.resolve_precision(precision, device) == "bf16" else torch.float32
-    return checkpoint.load_model(run).to(device, dtype), device
 
 
 def open_split(location: str, split: str, cfg: Config, tokenizer: Tokenizer) -> Manifest:
@@ -220,6 +219,9 @@ def known_by_heart(model: torch.nn.Module, cfg: Config, tokenizer: Tokenizer, li
         raise ValueError(f"--memorization takes windows of {length} tokens: this model is too short for them")
     training = [open_split(source, "train", cfg, tokenizer) for source in cfg.data.sources]
     held_out = open_split(cfg.data.val, "val", cfg, tokenizer)
+    if held_out.fingerprint in [manifest.fingerprint for manifest in training]:
+        raise ValueError(f"--memorization sets training text beside held-out text, and {cfg.data.val} is both: name a "
+                         "folder of shards that has train/ and val/")  # fmt: skip
     special = [*tokenizer.special_ids.values()]
     total = memorization.tokens_to_read(training, held_out)
     with tqdm(total=total, desc="counting", unit=" tokens", unit_scale=True) as bar:
@@ -227,16 +229,16 @@ def known_by_heart(model: torch.nn.Module, cfg: Config, tokenizer: Tokenizer, li
     found: dict[str, Any] = {"prompt_tokens": memorization.PROMPT, "continued_tokens": memorization.CONTINUATION}
     with tqdm(total=sum(map(len, chosen.values())), desc="continuing", unit=" windows") as bar:
         for name, rows in chosen.items():
-            exact = generate.memorized(model, rows, memorization.PROMPT, on_rows=bar.update)
+            exact = memorization.memorized(model, rows, on_rows=bar.update)
             found[name] = {"windows": len(rows), "exact": float(exact.mean()) if len(rows) else None}
     return found
 
 
 def harness_tasks(args: argparse.Namespace) -> dict[str, Any]:
     """The harness's figures of each task on a Hugging Face folder, or on a run's export."""
-    precision = hardware.resolve_precision(args.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = hardware.resolve_precision(args.precision, dist.device_of())
     names = [name for name in args.tasks.split(",") if name]
-    options = (str(convert.DTYPES[precision]).removeprefix("torch."), names, args.include_path, args.limit)
+    options = (str(hardware.DTYPES[precision]).removeprefix("torch."), names, args.include_path, args.limit)
     if (args.run / "config.json").is_file():
         return harness.evaluate(args.run, *options)
     step = checkpoint.read_header(checkpoint.to_use(args.run)).step
@@ -248,7 +250,7 @@ def harness_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def save(path: Path, found: dict[str, Any]) -> None:
     """Put what was found beside what is there: other suites, and other tasks of the harness."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_object(path)
     if "tasks" in found:
         found["tasks"] = before.get("tasks", {}) | found["tasks"]
     kept = {name: value for name, value in before.items() if name in SUITES or "val_loss" not in found}

@@ -10,7 +10,7 @@ text, token ids); DIR does not appear when they differ.
 import argparse
 from pathlib import Path
 
-from pretrain import convert
+from pretrain import convert, hardware
 from pretrain.cli import run_tool, sigterm_as_ctrl_c
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make; must not exist")
-    parser.add_argument("--dtype", choices=tuple(convert.DTYPES), default="fp32", help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", choices=tuple(hardware.DTYPES), default="fp32", help="of the weights (%(default)s)")
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (%(default)s)")
     args = parser.parse_args(argv)
     if args.shard_gb <= 0:

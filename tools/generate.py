@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pretrain import checkpoint, convert, generate, hardware
+from pretrain import checkpoint, convert, dist, generate, hardware
 from pretrain.cli import run_tool
 from pretrain.data.chat import ChatFormat
 from pretrain.data.tables import read_table
@@ -58,8 +58,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="where the continuations of --input go, as JSONL (default: to the terminal)")
     add("--batch-size", type=int, default=16, help="prompts of --input at once (default %(default)s)")
     add("--max-tokens", type=int, default=128, help="stop after this many tokens (default %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: the likeliest token (default %(default)s)")
-    add("--top-p", type=float, default=0.95, help="nucleus sampling's mass (default %(default)s)")
+    usual = generate.SAMPLED
+    add("--temperature", type=float, default=usual.temperature, help="0: the likeliest token (default %(default)s)")
+    add("--top-p", type=float, default=usual.top_p, help="nucleus sampling's mass (default %(default)s)")
     add("--top-k", type=int, default=0, help="sample from so many likeliest tokens (default: all)")
     add("--seed", type=int, default=0, help="the same seed writes the same text (default %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
@@ -90,9 +91,9 @@ def read_prompts(path: Path, column: str) -> list[str]:
 
 
 def load(path: Path, precision: str) -> tuple[torch.nn.Module, Tokenizer]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if hardware.resolve_precision(precision, device) == "bf16" else torch.float32
-    return convert.load_model(path).to(device, dtype), load_tokenizer(checkpoint.run_of(path))
+    device = dist.device_of()
+    model = convert.load_model(path).to(device, hardware.dtype_for(precision, device))
+    return model, load_tokenizer(checkpoint.run_of(path))
 
 
 class Talk:

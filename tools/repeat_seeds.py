@@ -12,10 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain import checkpoint
 from pretrain.cli import run_tool
 from pretrain.data.tables import read_table
-from pretrain.files import write_atomically
+from pretrain.files import RESULT, write_atomically
 from pretrain.predict import Predictor
 
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
         figures = result_of(run)
         if table:
-            tested = Predictor(run, drop_bad=args.drop_bad).figures(table, batch_size=32)
+            tested = Predictor(run, overrides=["task.drop_bad=true"] * args.drop_bad).figures(table, batch_size=32)
             figures |= {f"test_{figure}": value for figure, value in tested.items()}
         for figure, value in figures.items():
             found.setdefault(figure, []).append(value)
@@ -60,7 +59,7 @@ def setting(command: list[str], key: str, default: str = "") -> str:
 
 def result_of(run: Path) -> dict[str, float]:
     """The figures of a run's best evaluation; none without data.val."""
-    path = run / checkpoint.RESULT
+    path = run / RESULT
     figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
     return {name: value for name, value in figures.items() if value is not None}
 

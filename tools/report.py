@@ -4,11 +4,11 @@ Writes a run's report.html anew, from what the run has written so far.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 from pretrain.cli import run_tool
+from pretrain.files import EVALUATION, RESULT, read_lines, read_object
 from pretrain.page import words
 from pretrain.report import write_report
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def headline(run: Path) -> str:
     """The run in a few lines: how far, how good, how fast (medians over the steps), against which peak."""
-    rows, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
+    rows, events = (list(read_lines(run / name)) for name in ("metrics.jsonl", "events.jsonl"))
     if not rows:
         return f"{run}: no step yet"
     speed, mfu = (statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "mfu"))
@@ -42,7 +42,7 @@ def headline(run: Path) -> str:
     starts = [event for event in events if "peak_tflops" in event]
     if starts:
         lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
-    result = read_object(run / "evaluation.json")
+    result = read_object(run / EVALUATION)
     if "text_bytes" in result:
         others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
         lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
@@ -50,17 +50,9 @@ def headline(run: Path) -> str:
         right = f", {result['val_accuracy']:.1%} of masked tokens right" if "val_accuracy" in result else ""
         unigram = f"unigram {result['unigram_loss']:.3f}"
         lines.append(f"  {result['val_loss']:.3f} nats a token on held-out text ({unigram}{right})")
-    if best := read_object(run / "result.json"):
-        lines.append(f"  best {words(best['metric'].removeprefix('val_'))} {best['best']:.4g}, at step {best['step']}")
+    if best := read_object(run / RESULT):
+        lines.append(f"  best {words(best['metric'])} {best['best']:.4g}, at step {best['step']}")
     return "\n".join(lines)
-
-
-def read_object(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain import checkpoint, compose, convert
+from pretrain import checkpoint, compose, convert, dist
 from pretrain.cli import run_tool
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -89,11 +89,10 @@ def search(args: argparse.Namespace) -> None:
 
 def open_model(path: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
     """The model on the GPU if there is one, its tokenizer, and the tokens of the texts that it knows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = checkpoint.run_of(path)
     config = folder / "config.yaml"
     longest = compose.read(config).train.seq_len if config.is_file() else LONGEST
-    return convert.load_model(path).to(device), load_tokenizer(folder), longest
+    return convert.load_model(path).to(dist.device_of()), load_tokenizer(folder), longest
 
 
 def read_passages(inputs: Sequence[str], text_key: str, tokenizer: Tokenizer, max_tokens: int) -> list[dict[str, str]]:
@@ -132,12 +131,12 @@ def weights_sha256(path: Path) -> str:
     return hashlib.sha256("".join(sha256_of_file(file) for file in files).encode()).hexdigest()
 
 
-def show(found: list[dict], write: Callable[[str], object] = print) -> None:
+def show(found: list[dict]) -> None:
     for entry in found:
-        write(f"\n{entry['query']}")
+        print(f"\n{entry['query']}")
         for rank, row in enumerate(entry["results"], 1):
             text = " ".join(row["text"].split())
-            write(f"{rank:4} {row['score']:7.3f}  {row['source']}\n      {text[:SHOWN]}{'…' * (len(text) > SHOWN)}")
+            print(f"{rank:4} {row['score']:7.3f}  {row['source']}\n      {text[:SHOWN]}{'…' * (len(text) > SHOWN)}")
 
 
 if __name__ == "__main__":

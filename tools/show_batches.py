@@ -6,7 +6,6 @@ and the hash is the journal's `batch_hash`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from pretrain.cli import run_tool
 from pretrain.data import opening
 from pretrain.data.stream import Rows, Stream, batch_hash
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.files import read_lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,19 +46,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_stream(run: Path) -> Stream:
     """The stream of a run as one rank, with the phases and quarantine of its newest checkpoint (or the one named)."""
-    cfg = compose.read(checkpoint.run_of(run) / "config.yaml")
+    folder = checkpoint.run_of(run)
+    cfg = compose.read(folder / "config.yaml")
+    if cfg.task is not None:
+        raise ValueError(f"{folder} was fine-tuned on examples, and here the rows of shards are shown: give a run of "
+                         "pretrain.train")  # fmt: skip
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, opening.open_sources(cfg.data), 0, 1)
-    if (run / checkpoint.MANIFEST).exists() or checkpoint.committed(run / "checkpoints"):
-        header = checkpoint.read_header(checkpoint.to_use(run))
+    if newest := [run] if run != folder else checkpoint.committed(run / "checkpoints"):
+        header = checkpoint.read_header(newest[0])
         stream.resume(header.state, header.step)
     return stream
 
 
 def compare(folder: Path, step: int, found: str) -> str:
     """The hash of a batch in words, beside the journal's when the step is done."""
-    journal = folder / "metrics.jsonl"
-    lines = journal.read_text().splitlines() if journal.is_file() else []
-    recorded = next((row["batch_hash"] for row in map(json.loads, lines) if row["step"] == step), None)
+    journal = read_lines(folder / "metrics.jsonl")
+    recorded = next((row["batch_hash"] for row in journal if row["step"] == step), None)
     if recorded is None:
         return f"batch hash {found} (not trained on yet)"
     return f"batch hash {found} ({'as in the journal' if recorded == found else 'the journal has ' + recorded})"

@@ -5,7 +5,6 @@ with a tokenizer from anywhere, so it runs in Jinja's sandbox. It is told no dat
 any day (a template that would write today's date takes the fixed one that it has for this case).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -17,7 +16,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pretrain.data.fast import CONFIG_NAME, HF_NAME, TEMPLATE_NAME, FastTokenizer
+from pretrain.data.texts import SpecialToken
 from pretrain.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,22 +41,13 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        files = tokenizer.hf_files(0)
-        content, config = json.loads(files[HF_NAME]), json.loads(files[CONFIG_NAME])
-        self._names = {f"{name}_token": _text(config[f"{name}_token"]) for name in tokenizer.special_ids}
-        template = files[TEMPLATE_NAME].decode() if TEMPLATE_NAME in files else _default_of(config.get("chat_template"))
-        self.is_default = template is None
-        self.template = self._own_template() if template is None else template
+        self._names = {f"{name}_token": text for name, text in tokenizer.special_texts.items()}
+        self.is_default = tokenizer.chat_template is None
+        self.template = self._own_template() if self.is_default else tokenizer.chat_template
         self._compiled = self._compile()
-        # special is what no text is encoded to
-        added = [token for token in content.get("added_tokens") or []
-                 if token["id"] not in tokenizer.encode(token["content"])]  # fmt: skip
-        self._ids = {self._names[f"{name}_token"]: id_ for name, id_ in tokenizer.special_ids.items()}
-        self._ids |= {token["content"]: token["id"] for token in added}
-        self._special = _pattern(self._ids, {token["content"]: token for token in added})
-        # some put a space before the first word of a whole text: not after a special token
-        inner = tokenizer.file_bytes.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
-        self._inner = tokenizer if inner == tokenizer.file_bytes else FastTokenizer(tokenizer.path, inner)
+        special = tokenizer.special_tokens()
+        self._ids, self._special = {token.text: token.id for token in special}, _pattern(special)
+        self._inside = tokenizer.inside()  # after a special token
         self._prompt = self._generation_prompt()
         self.stop_ids = self._stop_ids()
 
@@ -111,7 +101,7 @@ class ChatFormat:
         ids, spans, at = [], [], 0
         for match in [*special, None]:
             start, end = match.span() if match else (len(text), len(text))
-            found, places = (self._inner if at else self.tokenizer).encode_spans(text[at:start])
+            found, places = (self._inside if at else self.tokenizer).encode_spans(text[at:start])
             ids += found.tolist()
             spans += (places + at).tolist()
             if match:
@@ -143,7 +133,7 @@ class ChatFormat:
     def _own_template(self) -> str:
         if self.tokenizer.eos is None:
             raise ValueError(f"{self.tokenizer.path} has no chat template and no token that ends an answer: name one "
-                             f"of its tokens as eos_token in {CONFIG_NAME}")  # fmt: skip
+                             "of its tokens as eos_token in tokenizer_config.json")  # fmt: skip
         starts = self.tokenizer.prefix and self.tokenizer.prefix == [self.tokenizer.special_ids.get("bos")]
         return ("{{ bos_token }}" if starts else "") + DEFAULT_TEMPLATE
 
@@ -195,23 +185,10 @@ def check_messages(messages: Any, place: str) -> None:
             raise ValueError(f"{place}, message {number}: {problem}")
 
 
-def _default_of(templates: Any) -> str | None:
-    """The template named default of those that a config names; None where there are none."""
-    named = {template["name"]: template["template"] for template in templates or []}
-    return named.get("default")
-
-
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _pattern(special: Iterable[str], added: dict[str, dict]) -> re.Pattern:
+def _pattern(special: Iterable[SpecialToken]) -> re.Pattern:
     """Finds special tokens, the longest at a place, with the spaces that some of them take in."""
-    parts = []
-    for text in sorted(special, key=len, reverse=True):
-        token = added.get(text, {})
-        before, after = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
-        parts.append(before + re.escape(text) + after)
+    parts = [r"\s*" * token.takes_before + re.escape(token.text) + r"\s*" * token.takes_after
+             for token in sorted(special, key=lambda token: len(token.text), reverse=True)]  # fmt: skip
     return re.compile("|".join(parts) or "(?!)")
 
 

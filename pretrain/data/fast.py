@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.fastspec import PIECES, SPACE, Spec
-from pretrain.data.texts import TRICKY_TEXTS
+from pretrain.data.fastspec import PIECES, SPACE, Spec, pre_tokenizers
+from pretrain.data.texts import TRICKY_TEXTS, SpecialToken
 
 FORMAT = 1
 FILE_NAME, HF_NAME, CONFIG_NAME, MAP_NAME = (
@@ -55,9 +55,8 @@ def pack(folder: Path) -> bytes:
     for name, token in _DEFAULTS.get(family, {}).items():
         if token in known:
             config.setdefault(f"{name}_token", token)
-    packed = {"format": FORMAT, "tokenizer": content, "config": config}
     try:
-        return (json.dumps(packed, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n").encode()
+        return _packed(content, config)
     except UnicodeEncodeError:
         raise ValueError(f"{folder / HF_NAME} holds half characters (lone surrogates): download it again") from None
 
@@ -78,13 +77,16 @@ class FastTokenizer:
         self._fast = _build(content, {*names.values(), *map(_text, extra)}, self.path)
         self._vocab: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size = self._counted()
-        self.special_ids = {name: self._vocab[text] for name, text in names.items() if text in self._vocab}
+        self.special_texts = {name: text for name, text in names.items() if text in self._vocab}
+        self.special_ids = {name: self._vocab[text] for name, text in self.special_texts.items()}
         added = self._fast.get_added_tokens_decoder()
         self._special = {id_ for id_, token in added.items() if token.special} | set(self.special_ids.values())
         self.eos, self.mask = self.special_ids.get("eos"), self.special_ids.get("mask")
         self.prefix, self.suffix = self._around()
         self.between = self._between()
         self._check_text_stays_text()
+        self.chat_template = _default_template(config.get("chat_template"))
+        self._added: list[dict] = content.get("added_tokens") or []
         self.is_exact = Spec(content, self._vocab, self._special).is_exact
 
     def encode(self, text: str) -> list[int]:
@@ -138,6 +140,22 @@ class FastTokenizer:
     def continues_word(self) -> np.ndarray:
         """Which ids go on with the word of the id before, bool[vocab_size]; special ids do not."""
         return np.array(self._spec().continues_word(self.vocab_size), dtype=bool)
+
+    def special_tokens(self) -> list[SpecialToken]:
+        """What a chat template may write that is no text: the tokens of roles, and those that no text is encoded to."""
+        added = {token["content"]: token for token in self._added if token["id"] not in self.encode(token["content"])}
+        ids = {self.special_texts[name]: id_ for name, id_ in self.special_ids.items()}
+        ids |= {text: token["id"] for text, token in added.items()}
+        return [SpecialToken(text, id_, *(bool(added.get(text, {}).get(side)) for side in ("lstrip", "rstrip")))
+                for text, id_ in ids.items()]  # fmt: skip
+
+    def inside(self) -> "FastTokenizer":
+        """The same for text that does not begin a whole one, in front of which some put a space."""
+        content, config = self._contents()
+        begins = [part for part in pre_tokenizers(content) if part.get("prepend_scheme") == "first"]
+        for part in begins:
+            part["prepend_scheme"] = "never"
+        return FastTokenizer(self.path, _packed(content, config)) if begins else self
 
     def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
         """The files as they came, for transformers' AutoTokenizer: `pack` makes the same tokenizer of them. Whether a
@@ -227,6 +245,18 @@ def _build(content: dict, special: set[str], path: Path) -> Any:
     fast.add_special_tokens([text for text in known if text not in added])
     fast.encode_special_tokens = True
     return fast
+
+
+def _default_template(templates: Any) -> str | None:
+    """The chat template of a config: the only one, or of some by name that named default."""
+    if isinstance(templates, str):
+        return templates
+    return {template["name"]: template["template"] for template in templates or []}.get("default")
+
+
+def _packed(content: dict, config: dict) -> bytes:
+    packed = {"format": FORMAT, "tokenizer": content, "config": config}
+    return (json.dumps(packed, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n").encode()
 
 
 def _text(token: Any) -> str:

@@ -40,7 +40,7 @@ class Spec:
     @property
     def adds_space(self) -> bool:
         """Whether a space is put in front of a text, so that its first word is like all others."""
-        parts = [*_parts(self._content.get("normalizer"), "normalizers"), *self._pre_tokenizers()]
+        parts = [*_parts(self._content.get("normalizer"), "normalizers"), *pre_tokenizers(self._content)]
         return any(part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never"
                    or part.get("add_prefix_space", False) for part in parts)  # fmt: skip
 
@@ -54,7 +54,7 @@ class Spec:
         model = self._model
         if model.get("type") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             return False
-        for part in self._pre_tokenizers():
+        for part in pre_tokenizers(self._content):
             if part["type"] not in _HARMLESS or part.get("behavior") == "Removed":
                 return False
         for id_, token in self._added.items():
@@ -97,8 +97,10 @@ class Spec:
             return {byte for char, byte in _byte_alphabet().items() if char in known}
         return {byte for byte in range(256) if self._model.get("byte_fallback") and f"<0x{byte:02X}>" in known}
 
-    def _pre_tokenizers(self) -> list[dict]:
-        return list(_parts(self._content.get("pre_tokenizer"), "pretokenizers"))
+
+def pre_tokenizers(content: dict) -> list[dict]:
+    """What cuts a text into words, one after the other."""
+    return list(_parts(content.get("pre_tokenizer"), "pretokenizers"))
 
 
 def _parts(part: dict | None, key: str) -> Iterator[dict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from pretrain.data.texts import continues_word
+from pretrain.data.texts import SpecialToken, continues_word
 
 # name -> piece, in the order of their ids, 0 to 6; one tokenizer serves causal and masked models
 SPECIAL_PIECES = {
@@ -35,6 +35,8 @@ class SentencePieceTokenizer:
 
     file_name = "tokenizer.model"
     is_exact = True
+    special_texts = SPECIAL_PIECES
+    chat_template = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -94,6 +96,14 @@ class SentencePieceTokenizer:
     def continues_word(self) -> np.ndarray:
         """Which ids go on with the word of the id before, bool[vocab_size]; special ids do not."""
         return np.array([continues_word(piece) for piece in self._bytes()])
+
+    def special_tokens(self) -> list[SpecialToken]:
+        """What a chat template may write that is no text."""
+        return [SpecialToken(piece, self.special_ids[name]) for name, piece in SPECIAL_PIECES.items()]
+
+    def inside(self) -> "SentencePieceTokenizer":
+        """The same for text that does not begin a whole one: no space is put in front of either."""
+        return self
 
     def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
         """The same tokenizer for transformers' AutoTokenizer, which puts the prefix in front of a text, and where it

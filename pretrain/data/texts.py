@@ -1,6 +1,7 @@
 """What both kinds of tokenizers know about text: texts that are hard to keep, and what continues a word."""
 
 import unicodedata
+from typing import NamedTuple
 
 TRICKY_TEXTS = (
     "",
@@ -25,6 +26,15 @@ TRICKY_TEXTS = (
     "supercalifragilistic" * 60,
     "\U0010ffff\U000e0001 \ufffd \ud7ff",
 )
+
+
+class SpecialToken(NamedTuple):
+    """A token that is no text, and whether it takes in the spaces before and after it."""
+
+    text: str
+    id: int
+    takes_before: bool = False
+    takes_after: bool = False
 
 
 def continues_word(piece: bytes) -> bool:

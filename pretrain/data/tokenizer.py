@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
     file_bytes: bytes
     vocab_size: int  # the highest id and one more
     special_ids: dict[str, int]  # those it has of unk bos eos pad mask cls sep
+    special_texts: dict[str, str]  # the same as a chat template writes them
+    chat_template: str | None  # in Jinja; None where it brings none
     prefix: list[int]  # what stands before a document, perhaps nothing
     suffix: list[int]  # what stands after a document, always something
     between: list[int]  # what stands between two texts of a pair: prefix, a, between, b, suffix
@@ -55,6 +57,12 @@ class Tokenizer(Protocol):
 
     def continues_word(self) -> np.ndarray:
         """Which ids go on with the word of the id before, bool[vocab_size]."""
+
+    def special_tokens(self) -> list[texts.SpecialToken]:
+        """What a chat template may write that is no text."""
+
+    def inside(self) -> "Tokenizer":
+        """The same for text that does not begin a whole one, in front of which some put a space."""
 
     def hf_files(self, max_positions: int, ends: bool = False) -> dict[str, bytes]:
         """The files (tokenizer.json, ...) from which transformers' AutoTokenizer gives the same ids, with the prefix

@@ -19,8 +19,8 @@ from pretrain.model.hf_encoders import BERT, MODERNBERT, ROBERTA, ROBERTA_PAD
 from pretrain.model.hf_parts import (
     HARMLESS,
     LABELLED,
+    MATRIX_HEADS,
     NEUTRAL,
-    TASKS,
     TRAINING_ONLY,
     Family,
     Reader,
@@ -174,7 +174,7 @@ def to_hf_config(config: ModelConfig, pad_token_id: int | None = ROBERTA_PAD) ->
     theirs[name] = next(theirs_ for theirs_, ours in family.activations.items() if ours == config.activation)
     if "sliding_window" in family.keys and not config.sliding_window:
         theirs["sliding_window"] = None
-    if config.head in TASKS:
+    if config.head in MATRIX_HEADS:
         theirs["classifier_dropout"] = config.dropout
     if config.head in LABELLED:
         theirs |= label_settings([f"LABEL_{number}" for number in range(config.labels)])

@@ -8,10 +8,10 @@ from pretrain.model.hf_parts import (
     BARE,
     FULL,
     GATED,
+    MATRIX_HEADS,
     PLAIN,
     ROPE,
     SLIDING,
-    TASKS,
     WINDOW,
     Family,
     Reader,
@@ -217,5 +217,5 @@ MODERNBERT = Family(
         Rule("final_norm", ("trunk.norm",)),
     ),
     tops={"lm": (*MODERNBERT_TRANSFORM, Rule("decoder", ("head",)))}
-    | dict.fromkeys(TASKS, (*MODERNBERT_TRANSFORM, Rule("classifier", ("head",)))),
+    | dict.fromkeys(MATRIX_HEADS, (*MODERNBERT_TRANSFORM, Rule("classifier", ("head",)))),
 )  # fmt: skip

@@ -25,7 +25,7 @@ NEUTRAL = {
 }  # fmt: skip
 TRAINING_ONLY = ("dropout", "attention", "init", "init_std")  # these change no output of a trained model
 LABELLED = ("sequence", "tokens")  # heads with an output for each label
-TASKS = (*LABELLED, "span")  # heads with a matrix of their own
+MATRIX_HEADS = (*LABELLED, "span")  # heads with a matrix of their own
 BARE = ("pooled", "none", "embedding")  # heads of the class that has no matrix behind the trunk
 ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
         "rope_original_positions")  # fmt: skip
@@ -176,7 +176,7 @@ def block_rules(theirs: str, **ours_by_theirs: str) -> tuple[Rule, ...]:
 
 def task_tops(sequence: str, tokens: str, span: str) -> dict[str, tuple[Rule, ...]]:
     """Rules of the heads that are one matrix, called so there."""
-    return {head: (Rule(name, ("head",)),) for head, name in zip(TASKS, (sequence, tokens, span), strict=True)}
+    return {head: (Rule(name, ("head",)),) for head, name in zip(MATRIX_HEADS, (sequence, tokens, span), strict=True)}
 
 
 def settled(config: ModelConfig) -> ModelConfig:

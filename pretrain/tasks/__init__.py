@@ -23,7 +23,7 @@ TASKS: dict[str, type[Task]] = {
 
 def make_task(
     config: TaskConfig, tokenizer: Tokenizer, model: ModelConfig, seq_len: int, packing: str, seed: int,
-    table: Table | None = None, objective: ObjectiveConfig | None = None,
+    table: Table | None, objective: ObjectiveConfig,
 ) -> Task:  # fmt: skip
     """The task by its name. What `config` leaves open, as labels, is as the training `table` has it."""
     kind = TASKS[config.name]

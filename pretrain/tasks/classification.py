@@ -1,5 +1,6 @@
 """Labels of texts, or of pairs of texts: one each, or any number of them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from pretrain import metrics
 from pretrain.config import TaskConfig
 from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Table
+from pretrain.data.tables import Column, Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.model.losses import label_rows, multi_label_rows
-from pretrain.tasks.task import Inputs, Problems, Task, whole_text
+from pretrain.tasks.task import Inputs, Task, read_rows, whole_text
 
 
 class Classification(Task):
@@ -32,33 +33,32 @@ class Classification(Task):
         """The labels of a table, sorted."""
         if config.labels is not None:
             return config
-        found = {label for labels in _labels(config, table) for label in labels}
+        _, read, _ = read_rows(table, _reader(config, table), config.drop_bad)
+        found = {label for _, labels in read for label in labels}
         if len(found) < 2:
             raise ValueError(f"{table.location} has only the label {', '.join(found)}: there is nothing to tell apart")
         return replace(config, labels=sorted(found))
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
-        config, problems = self.config, Problems(table, self.config.drop_bad and with_gold)
-        texts = self.tokenizer.encode_batch(table.texts(config.text, "task.text"))
-        pairs = [None] * len(texts)
-        if config.text_pair:
-            pairs = self.tokenizer.encode_batch(table.texts(config.text_pair, "task.text_pair"))
-        gold = _labels(config, table) if with_gold else [[]] * len(texts)
-        rows, inputs, segments, labels = [], [], [], []
-        for row, (text, pair, names) in enumerate(zip(texts, pairs, gold, strict=True)):
+        read = _reader(self.config, table, with_gold)
+
+        def read_known(row: int) -> tuple[list[str], list[str]]:
+            texts, names = read(row)
             if unknown := [name for name in names if name not in self.numbers]:
-                problems.add(row, f"the label {unknown[0]!r} is none of {', '.join(self.labels)}")
-                continue
-            ids, kinds = whole_text(self.tokenizer, self.model, text, self.seq_len, pair)
-            rows.append(row)
-            inputs.append(ids)
-            segments.append(kinds)
-            labels.append(self._label_of(names, with_gold))
-        problems.settle(len(rows))
-        columns = {"inputs": Ragged(inputs), "labels": Ragged(labels)}
-        if config.text_pair and self.model.segments > 1:
-            columns["segments"] = Ragged(segments, np.int8)
-        return make_examples(columns, rows, dropped=problems.found)
+                raise ValueError(f"the label {unknown[0]!r} is none of {', '.join(self.labels)}")
+            return texts, names
+
+        rows, found, dropped = read_rows(table, read_known, self.config.drop_bad, with_gold)
+        sides = [self.tokenizer.encode_batch(list(side)) for side in zip(*(texts for texts, _ in found), strict=True)]
+        made = [whole_text(self.tokenizer, self.model, first, self.seq_len, *second)
+                for first, *second in zip(*sides, strict=True)]  # fmt: skip
+        columns = {
+            "inputs": Ragged(ids for ids, _ in made),
+            "labels": Ragged(self._label_of(names, with_gold) for _, names in found),
+        }
+        if len(sides) > 1 and self.model.segments > 1:
+            columns["segments"] = Ragged((segments for _, segments in made), np.int8)
+        return make_examples(columns, rows, dropped=dropped)
 
     def weigh(self, examples: Examples) -> None:
         """`class_weights=balanced`: each label counts as much in these examples as any other."""
@@ -91,7 +91,6 @@ class Classification(Task):
         return made
 
     def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
-        texts = table.texts(self.config.text, "task.text")
         labels, count = examples.columns["labels"], len(self.labels)
         key, facts = "label", {}
         if self.config.multi_label:
@@ -104,8 +103,9 @@ class Classification(Task):
         details = []
         for number, told in enumerate(self.outputs(table, examples, predictions)):
             gold = self._names(labels[number])
-            details.append({"text": texts[examples.rows[number]], "gold": gold, "prediction": told[key],
-                            "right": told[key] == gold, "score": float(predictions[number].max())})  # fmt: skip
+            text = table.rows[examples.rows[number]][self.config.text]
+            details.append({"text": text, "gold": gold, "prediction": told[key], "right": told[key] == gold,
+                            "score": float(predictions[number].max())})  # fmt: skip
         return figures, details, facts
 
     def _label_of(self, names: list[str], with_gold: bool) -> list[int]:
@@ -119,11 +119,26 @@ class Classification(Task):
         return self.labels[labels[0]]
 
 
-def _labels(config: TaskConfig, table: Table) -> list[list[str]]:
-    """The labels of each row as text; numbers and booleans are labels as well."""
-    column = table.column(config.label, "task.label")
-    for row, value in enumerate(column):
-        if config.multi_label != isinstance(value, list):
-            wanted = "a list of labels" if config.multi_label else "one label (task.multi_label=true is for lists)"
-            raise ValueError(f"{table.place(row)}: {config.label}={value!r} must be {wanted}")
-    return [[str(label) for label in (value if config.multi_label else [value])] for value in column]
+def _reader(
+    config: TaskConfig, table: Table, with_gold: bool = True
+) -> Callable[[int], tuple[list[str], list[str]]]:  # fmt: skip
+    """What reads a row: its text, or two, and its labels as text; numbers and booleans are labels as well."""
+    columns = [table.column(config.text, "task.text")]
+    if config.text_pair:
+        columns.append(table.column(config.text_pair, "task.text_pair"))
+    gold = table.column(config.label, "task.label") if with_gold else None
+
+    def read(row: int) -> tuple[list[str], list[str]]:
+        return [column.text(row) for column in columns], _names_in(gold, row, config.multi_label) if gold else []
+
+    return read
+
+
+def _names_in(column: Column, row: int, multi_label: bool) -> list[str]:
+    value = column.value(row)
+    wanted = "a list of labels" if multi_label else "one label (task.multi_label=true is for lists)"
+    listed = value if isinstance(value, list) else [value]
+    is_right = multi_label == isinstance(value, list) and all(isinstance(label, str | int | float) for label in listed)
+    if not is_right or not all(str(label).strip() for label in listed):
+        raise ValueError(f"{column.name}={value!r} must be {wanted}, each a text, a number or a boolean")
+    return [str(label) for label in listed]

@@ -9,7 +9,7 @@ import torch
 
 from pretrain import metrics
 from pretrain.config import TaskConfig
-from pretrain.data.tables import Table
+from pretrain.data.tables import Column, Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.tasks.contrast import (
     CELLS_AT_ONCE,
@@ -20,7 +20,7 @@ from pretrain.tasks.contrast import (
     pair_losses,
     pair_vectors,
 )
-from pretrain.tasks.task import Problems, Task, padded_tokens, whole_text
+from pretrain.tasks.task import Task, padded_tokens, read_rows, whole_text
 
 
 class Embedding(Task):
@@ -32,7 +32,7 @@ class Embedding(Task):
 
     head = "embedding"
     best = "val_mrr"
-    figures = ("recall_at_1", "recall_at_10", "mrr", "ndcg_at_10", "spearman")
+    figures = ("recall_at_1", "recall_at_10", "mrr", "ndcg_at_10")
 
     def __init__(self, config: TaskConfig, *others: Any):
         super().__init__(config, *others)
@@ -49,29 +49,34 @@ class Embedding(Task):
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
         """Without gold a table may have queries only."""
-        config, problems = self.config, Problems(table, self.config.drop_bad and with_gold)
-        names = [(config.query, "task.query")]
+        config = self.config
+        sides = [table.column(config.query, "task.query")]
         if with_gold or config.document in table.columns:
-            names.append((config.document, "task.document"))
-        texts = [table.texts(*name) for name in names]
-        tokens = [self.tokenizer.encode_batch(side) for side in texts]
-        gold = table.column(config.score, "task.score") if with_gold and config.score in table.columns else None
-        rows, inputs, same, numbers = [], [[] for _ in names], [], {}
-        for row, pair in enumerate(zip(*texts, strict=True)):
-            if with_gold and (reason := self._problem(pair, gold and gold[row])):
-                problems.add(row, reason)
-                continue
-            rows.append(row)
-            for side, ids in zip(inputs, tokens, strict=True):
-                side.append(whole_text(self.tokenizer, self.model, ids[row], self.seq_len)[0])
-            same.append([numbers.setdefault(text, len(numbers)) for text in pair])
-        problems.settle(len(rows))
-        columns = {f"inputs{end}": Ragged(side) for end, side in zip(SIDES, inputs, strict=False)}
-        facts = {"scores": np.array([float(gold[row]) for row in rows])} if gold else {}
-        return make_examples(columns | {"texts": Ragged(same, np.int64)}, rows, facts, problems.found)
+            sides.append(table.column(config.document, "task.document"))
+        is_scored = with_gold and config.score in table.columns
+        gold = table.column(config.score, "task.score") if is_scored else None
+
+        def read(row: int) -> tuple[list[str], float | None]:
+            texts = [side.text(row) for side in sides]
+            if empty := [side.name for side, text in zip(sides, texts, strict=True) if with_gold and not text.strip()]:
+                raise ValueError(f"{empty[0]!r} is empty")
+            return texts, _number(gold, row) if gold else None
+
+        rows, found, dropped = read_rows(table, read, config.drop_bad, with_gold)
+        columns, numbers = {}, {}
+        for end, texts in zip(SIDES, zip(*(texts for texts, _ in found), strict=True), strict=False):
+            encoded = self.tokenizer.encode_batch(list(texts))
+            made = (whole_text(self.tokenizer, self.model, ids, self.seq_len)[0] for ids in encoded)
+            columns[f"inputs{end}"] = Ragged(made)
+        same = ([numbers.setdefault(text, len(numbers)) for text in texts] for texts, _ in found)
+        facts = {"scores": np.array([score for _, score in found])} if is_scored else {}
+        return make_examples(columns | {"texts": Ragged(same, np.int64)}, rows, facts, dropped)
 
     def best_on(self, examples: Examples) -> str:
         return "val_spearman" if "scores" in examples.facts else self.best
+
+    def figures_of(self, examples: Examples) -> tuple[str, ...]:
+        return ("spearman",) if "scores" in examples.facts else super().figures_of(examples)
 
     def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
         """As `Task.collate`, and the same of the documents as inputs_document, documents_document; `texts` [B, 2]
@@ -98,10 +103,8 @@ class Embedding(Task):
     def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
         """`loss` is that of a batch of all held-out pairs: the more they are, the greater it is."""
         config, pairs = self.config, _pairs(examples, predictions)
-        queries, documents = (
-            [column[row] for row in examples.rows]
-            for column in (table.texts(config.query, "task.query"), table.texts(config.document, "task.document"))
-        )
+        rows = [table.rows[row] for row in examples.rows]
+        queries, documents = ([row[name] for row in rows] for name in (config.query, config.document))
         if "scores" in examples.facts:
             gold, found = examples.facts["scores"].tolist(), pairs.similarities().tolist()
             names = ("query", "document", "gold", "prediction")
@@ -115,16 +118,6 @@ class Embedding(Task):
         ]
         facts = {"documents": len(set(documents))}
         return {"loss": float(losses.double().mean())} | metrics.ranking(ranks), details, facts
-
-    def _problem(self, pair: tuple[str, ...], gold: Any) -> str | None:
-        """Why a row cannot be learnt from."""
-        for name, text in zip((self.config.query, self.config.document), pair, strict=True):
-            if not text.strip():
-                return f"{name!r} is empty"
-        try:
-            return None if gold is None or math.isfinite(float(gold)) else f"{self.config.score}={gold} is not finite"
-        except (TypeError, ValueError):
-            return f"{self.config.score}={gold!r} is no number"
 
 
 def ranked(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -155,3 +148,13 @@ def ranked(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
 def _pairs(examples: Examples, predictions: np.ndarray) -> Pairs:
     vectors = torch.from_numpy(predictions).float().view(len(examples), 2, -1)
     return Pairs(vectors, torch.from_numpy(examples.columns["texts"].values).view(-1, 2))
+
+
+def _number(column: Column, row: int) -> float:
+    try:
+        number = float(value := column.value(row))
+    except (TypeError, ValueError):
+        raise ValueError(f"{column.name}={value!r} is no number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{column.name}={value} is not finite")
+    return number

@@ -4,6 +4,9 @@ A row of the model is a question and a window of the context; a long context has
 answer is not in a window, or there is none, both its ends stand at position 0 (Devlin et al., BERT, 2018).
 """
 
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +17,14 @@ import torch.nn.functional as F
 from pretrain import metrics
 from pretrain.config import TaskConfig
 from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Table, answers
+from pretrain.data.table_formats import answers
+from pretrain.data.tables import Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.model.losses import span_rows
-from pretrain.tasks.task import Inputs, Problems, Task
+from pretrain.tasks.task import Inputs, Task, ending, read_rows
 
 NOWHERE = [0, 0]
+Gold = tuple[list[str], list[int]]  # the answers, and the characters where they begin
 
 
 class ExtractiveQA(Task):
@@ -30,7 +35,7 @@ class ExtractiveQA(Task):
 
     def __init__(self, config: TaskConfig, *others: Any):
         super().__init__(config, *others)
-        self.after = [] if self.model.causal else self.tokenizer.suffix
+        self.after = ending(self.tokenizer, self.model)
         self.longest_question = self.seq_len // 4
         special = len(self.tokenizer.prefix) + len(self.tokenizer.between) + len(self.after)
         room = self.seq_len - special - self.longest_question
@@ -44,33 +49,25 @@ class ExtractiveQA(Task):
         """Whether a question may have no answer."""
         if config.unanswerable is not None:
             return config
-        return replace(config, unanswerable=any(not texts for texts, _ in _answers(config, table)))
+        _, read, _ = read_rows(table, _reader(config, table), config.drop_bad)
+        return replace(config, unanswerable=any(not texts for _, _, (texts, _) in read))
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
-        config, problems = self.config, Problems(table, self.config.drop_bad and with_gold)
-        questions = self.tokenizer.encode_batch(table.texts(config.question, "task.question"))
-        contexts = table.texts(config.context, "task.context")
-        gold = _answers(config, table) if with_gold else [None] * len(contexts)
-        encoded = {context: self.tokenizer.encode_spans(context) for context in set(contexts)}
-        names = ("inputs", "segments", "context", "labels")
-        rows, spans, columns = [], [], {name: [] for name in names}
-        for row, (question, context, found) in enumerate(zip(questions, contexts, gold, strict=True)):
-            ids, places = encoded[context]
-            try:
-                windows = self._windows(question, ids, places, context, found)
-            except ValueError as error:
-                problems.add(row, str(error))
-                continue
-            for (start, end), *window in windows:
-                rows.append(row)
-                spans.append(places[start:end])
-                for name, values in zip(names, window, strict=True):
-                    columns[name].append(values)
-        problems.settle(len(rows))
-        if self.model.segments < 2:
-            del columns["segments"]
-        ragged = {name: Ragged(values, np.int8 if name == "segments" else np.int32) for name, values in columns.items()}
-        return make_examples(ragged, rows, {"spans": spans}, problems.found)
+        read, spans_of = _reader(self.config, table, with_gold), functools.cache(self.tokenizer.encode_spans)
+
+        def windows(row: int) -> list[tuple]:
+            question, context, found = read(row)
+            ids, places = spans_of(context)
+            made = self._windows(self.tokenizer.encode(question), ids, places, context, found)
+            return [(places[start:end], *window) for (start, end), *window in made]
+
+        numbers, found, dropped = read_rows(table, windows, self.config.drop_bad, with_gold)
+        rows = np.repeat(numbers, [len(made) for made in found])
+        spans, inputs, segments, context, labels = zip(*itertools.chain(*found), strict=True)
+        columns = {"inputs": Ragged(inputs), "context": Ragged(context), "labels": Ragged(labels)}
+        if self.model.segments > 1:
+            columns["segments"] = Ragged(segments, np.int8)
+        return make_examples(columns, rows, {"spans": spans}, dropped)
 
     def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
         """With `context` int64[B, 2]: the positions where the context starts and ends in each row."""
@@ -101,7 +98,6 @@ class ExtractiveQA(Task):
 
     def outputs(self, table: Table, examples: Examples, predictions: np.ndarray) -> list[dict]:
         """Of each row the likeliest span in any of its windows, or "" when no answer is likelier in one of them."""
-        contexts = table.texts(self.config.context, "task.context")
         rows, firsts = np.unique(examples.rows, return_index=True)
         made = []
         for row, first, end in zip(rows, firsts, [*firsts[1:], len(examples)], strict=True):
@@ -111,23 +107,23 @@ class ExtractiveQA(Task):
                 made.append({"answer": "", "score": round(float(np.exp(nowhere)), 6), "start": None})
                 continue
             tokens = examples.facts["spans"][window][predictions[window, 1:3].astype(int)]
-            text = contexts[row][tokens[0, 0] : tokens[1, 1]]
+            text = table.rows[row][self.config.context][tokens[0, 0] : tokens[1, 1]]
             start = int(tokens[0, 0]) + len(text) - len(text.lstrip())
             made.append({"answer": text.strip(), "score": round(float(np.exp(score)), 6), "start": start})
         return made
 
     def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
-        questions, gold = table.texts(self.config.question, "task.question"), _answers(self.config, table)
-        details = []
+        read, details = _reader(self.config, table), []
         for row, told in zip(np.unique(examples.rows), self.outputs(table, examples, predictions), strict=True):
-            right, _ = metrics.answer_scores(told["answer"], gold[row][0])
-            details.append({"question": questions[row], "gold": gold[row][0], "prediction": told["answer"],
+            question, _, (gold, _) = read(row)
+            right, _ = metrics.answer_scores(told["answer"], gold)
+            details.append({"question": question, "gold": gold, "prediction": told["answer"],
                             "right": bool(right), "score": told["score"]})  # fmt: skip
         figures = metrics.answers([row["prediction"] for row in details], [row["gold"] for row in details])
         return figures, details, {}
 
     def _windows(
-        self, question: list[int], ids: np.ndarray, spans: np.ndarray, context: str, gold: tuple[list, list] | None
+        self, question: list[int], ids: np.ndarray, spans: np.ndarray, context: str, gold: Gold | None
     ) -> list[tuple]:
         """Each window as ((start, end) in the tokens of the context, inputs, segments, context, labels); `ValueError`
         for gold that no window can be labelled by.
@@ -149,9 +145,16 @@ class ExtractiveQA(Task):
         return made
 
 
-def _answers(config: TaskConfig, table: Table) -> list[tuple[list[str], list[int]]]:
-    column = table.column(config.answers, "task.answers")
-    return [answers(value, table.place(row)) for row, value in enumerate(column)]
+def _reader(config: TaskConfig, table: Table, with_gold: bool = True) -> Callable[[int], tuple[str, str, Gold | None]]:
+    """What reads a row: its question, its context and the answers to it."""
+    question, context = table.column(config.question, "task.question"), table.column(config.context, "task.context")
+    gold = table.column(config.answers, "task.answers") if with_gold else None
+
+    def read(row: int) -> tuple[str, str, Gold | None]:
+        found = answers(gold.value(row), f"column {gold.name!r} ({gold.key})") if gold else None
+        return question.text(row), context.text(row), found
+
+    return read
 
 
 def _target(context: str, spans: np.ndarray, texts: list[str], starts: list[int]) -> tuple[int, int] | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from pretrain import metrics
 from pretrain.config import ModelConfig, TaskConfig
@@ -27,7 +26,7 @@ from pretrain.data.tasks import ExampleRows, Examples, Ragged
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.generate import end_ids, generate_all, prompt_ids
 from pretrain.tasks.language_model import LanguageModel
-from pretrain.tasks.task import Problems, Write
+from pretrain.tasks.task import Write, read_rows
 
 Judge = Callable[[list[str], list[str]], metrics.Figures]
 # task.figures -> (responses and gold -> figures, their names; the last one tells the best checkpoint)
@@ -49,27 +48,22 @@ class Instruct(LanguageModel):
         self.byte_lengths, self.is_sparse = None, True
         self.figures, self.best = ("accuracy",), "val_loss"
         self.judge: Judge | None = None
-        if config.figures != "none" and config.generate_samples:
+        if config.figures != "none":
             self.judge, names = JUDGES[config.figures]
             self.figures, self.best = (*self.figures, *names), f"val_{names[-1]}"
             self.judge(["a"], ["a"])  # a library that is missing is missed now, not at the first evaluation
-        self.chat = ChatFormat(tokenizer)
+        self.chat, self.is_chat = ChatFormat(tokenizer), False
         self.template = _parsed(config.template.replace("\\n", "\n")) if config.template is not None else None
+
+    def described(self) -> dict:
+        return super().described() | {"chat": self.is_chat}
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
         assert with_gold, "without gold a response is written: see `respond`"
-        problems, rows, tokens, answers = Problems(table, self.config.drop_bad), [], [], []
-        conversations, is_chat = self._conversations(table, with_gold)
-        for row, messages in enumerate(tqdm(conversations, desc="encoding", unit=" rows", delay=5)):
-            try:
-                ids, is_response = self._encoded(messages, is_chat)
-            except ValueError as error:
-                problems.add(row, str(error))
-                continue
-            rows.append(row)
-            tokens.append(np.array(ids, dtype=np.int32))
-            answers.append(np.array(is_response, dtype=np.int8))
-        problems.settle(len(rows))
+        read, is_chat = self._conversations(table)
+        self.is_chat = is_chat
+        rows, found, dropped = read_rows(table, lambda row: self._encoded(read(row), is_chat), self.config.drop_bad)
+        tokens, answers = zip(*found, strict=True)
         sizes = np.array([len(ids) for ids in tokens])
         groups = self._packed(sizes)
         columns = {
@@ -78,7 +72,7 @@ class Instruct(LanguageModel):
             "documents": Ragged(np.repeat(np.arange(len(group)), sizes[group]) for group in groups),
         }
         first = [rows[group[0]] for group in groups]
-        return self.examples(columns, first, facts={"rows": np.array(rows)}, dropped=problems.found)
+        return self.examples(columns, first, facts={"rows": np.array(rows)}, dropped=dropped)
 
     def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
         columns, numbers = rows.examples.columns, rows.numbers
@@ -91,13 +85,14 @@ class Instruct(LanguageModel):
         """Of `task.generate_samples` rows, evenly spread."""
         if self.judge is None:
             return {}, []
-        rows, (conversations, is_chat) = examples.facts["rows"], self._conversations(table, with_gold=True)
+        rows, (read, is_chat) = examples.facts["rows"], self._conversations(table)
         count = min(self.config.generate_samples, len(rows))
         asked, gold = [], []
         for row in rows[np.arange(count) * len(rows) // count].tolist():
-            last = _last_answer(conversations[row])
-            asked.append(conversations[row][:last])
-            gold.append(conversations[row][last]["content"].strip())
+            messages = read(row)
+            last = _last_answer(messages)
+            asked.append(messages[:last])
+            gold.append(messages[last]["content"].strip())
         prompts = [self._prompt(messages, is_chat) for messages in asked]
         said = [self._text(ids) for ids in write(prompts, self.config.max_new_tokens, self._stop_ids(is_chat))]
         main = self.figures[-1]
@@ -111,48 +106,63 @@ class Instruct(LanguageModel):
         self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
     ) -> list[dict]:
         """{"response": text} for each row: what comes after its prompt, or its conversation without a last answer."""
-        conversations, is_chat = self._conversations(table, with_gold=False)
-        prompts = []
-        for row, messages in enumerate(conversations):
-            check_messages(messages, table.place(row))
-            asked = messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "assistant" else messages
-            prompts.append(self._prompt(asked, is_chat, table.place(row)))
-            if len(prompts[-1]) >= self.model.max_positions:
-                raise ValueError(f"{table.place(row)}: the prompt has {len(prompts[-1])} tokens, the model "
-                                 f"{self.model.max_positions} positions: shorten it, or leave the row out")  # fmt: skip
+        read, is_chat = self._conversations(table, with_gold=False)
+
+        def asked(row: int) -> list[int]:
+            messages = read(row)
+            is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+            prompt = self._prompt(messages[:-1] if is_answered else messages, is_chat)
+            if len(prompt) >= self.model.max_positions:
+                raise ValueError(f"the prompt has {len(prompt)} tokens, the model {self.model.max_positions} positions")
+            return prompt
+
+        _, prompts, _ = read_rows(table, asked, drop_bad=False, with_gold=False)
         options = {"stop_ids": self._stop_ids(is_chat), "on_rows": on_rows}
         found = generate_all(model, prompts, self.config.max_new_tokens, batch_size, **options)
         return [{"response": self._text(ids)} for ids in found]
 
-    def _conversations(self, table: Table, with_gold: bool) -> tuple[list[list[Message]], bool]:
-        """The messages of each row, and whether they are written as a chat; without gold, prompts without responses."""
-        config = self.config
-        if config.template is None and config.messages in table.columns:
-            return table.column(config.messages, "task.messages"), True
-        if self.template is None:
-            prompts = table.texts(config.prompt, "task.prompt")
-        else:
-            columns = {name: table.column(name, "task.template") for _, name in self.template if name}
-            prompts = [
-                "".join(text + (str(columns[name][row]) if name else "") for text, name in self.template)
-                for row in range(len(table.rows))
-            ]
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        if with_gold:
-            for messages, response in zip(conversations, table.texts(config.response, "task.response"), strict=True):
-                messages.append({"role": "assistant", "content": response})
-        return conversations, not self.chat.is_default
+    def _conversations(self, table: Table, with_gold: bool = True) -> tuple[Callable[[int], list[Message]], bool]:
+        """What reads the messages of a row, and whether they are written as a chat; without gold, those of a prompt
+        without a response.
+        """
+        is_talk = self.config.template is None and self.config.messages in table.columns
+        talks = table.column(self.config.messages, "task.messages") if is_talk else None
+        turns = None if is_talk else self._turns(table, with_gold)
 
-    def _encoded(self, messages: list[Message], is_chat: bool) -> tuple[list[int], list[bool]]:
+        def read(row: int) -> list[Message]:
+            messages = talks.value(row) if is_talk else turns(row)
+            check_messages(messages, "the conversation")
+            return messages
+
+        return read, is_talk or not self.chat.is_default
+
+    def _turns(self, table: Table, with_gold: bool) -> Callable[[int], list[Message]]:
+        """What reads a prompt and its response."""
+        prompt = self._prompts(table)
+        response = table.column(self.config.response, "task.response").text if with_gold else None
+
+        def read(row: int) -> list[Message]:
+            asked = [{"role": "user", "content": prompt(row)}]
+            return asked + [{"role": "assistant", "content": response(row)}] if response else asked
+
+        return read
+
+    def _prompts(self, table: Table) -> Callable[[int], str]:
+        """What reads the prompt of a row: a column, or the template filled with several."""
+        if self.template is None:
+            return table.column(self.config.prompt, "task.prompt").text
+        parts = [(text, table.column(name, "task.template") if name else None) for text, name in self.template]
+        return lambda row: "".join(text + (str(column.value(row)) if column else "") for text, column in parts)
+
+    def _encoded(self, messages: list[Message], is_chat: bool) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a conversation, and which are a response's; `ValueError` where it cannot be learnt from."""
-        check_messages(messages, "the conversation")
         if not _last_answer(messages):
             raise ValueError("the conversation has no answer, a message of the assistant after another one")
         ids, is_response = self.chat.encode(messages) if is_chat else self._joined(*(m["content"] for m in messages))
         if len(ids) > self.seq_len + 1:  # the last one is predicted, not read
             raise ValueError(f"the conversation has {len(ids)} tokens, train.seq_len={self.seq_len} takes "
                              f"{self.seq_len + 1}")  # fmt: skip
-        return ids, is_response
+        return np.array(ids, dtype=np.int32), np.array(is_response, dtype=np.int8)
 
     def _joined(self, prompt: str, response: str) -> tuple[list[int], list[bool]]:
         """As `ChatFormat.encode`, of a prompt and its response without a template."""
@@ -166,10 +176,10 @@ class Instruct(LanguageModel):
     def _before(self, prompt: str) -> list[int]:
         return prompt_ids(self.tokenizer, prompt.rstrip(" "))
 
-    def _prompt(self, messages: list[Message], is_chat: bool, place: str = "the conversation") -> list[int]:
+    def _prompt(self, messages: list[Message], is_chat: bool) -> list[int]:
         """The ids after which a response begins."""
         if is_chat:
-            return self.chat.encode(messages, add_generation_prompt=True, place=place)[0]
+            return self.chat.encode(messages, add_generation_prompt=True)[0]
         return self._before(messages[0]["content"])
 
     def _stop_ids(self, is_chat: bool) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from pretrain.data.stream import Rows
 from pretrain.data.tables import Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.model import losses
-from pretrain.tasks.task import Problems, Task
+from pretrain.tasks.task import Task, read_rows
 
 
 class LanguageModel(Task):
@@ -41,15 +41,18 @@ class LanguageModel(Task):
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
         """Windows of all texts, one after the other; without gold, to tell of each text, those of each by itself."""
         before, after = self.tokenizer.prefix, self.tokenizer.suffix
-        texts = self.tokenizer.encode_batch(table.texts(self.config.text, "task.text"))
+        read = table.column(self.config.text, "task.text").text
+        rows, found, dropped = read_rows(table, read, self.config.drop_bad, with_gold)
+        texts = self.tokenizer.encode_batch(found)
         lengths = np.array([len(before) + len(ids) + len(after) for ids in texts])
         tokens = np.array([id_ for ids in texts for id_ in (*before, *ids, *after)], dtype=np.int32)
         ends = np.array([len(tokens)]) if with_gold else lengths.cumsum()
         starts, sizes = packing.cut(np.append(0, ends[:-1]), np.diff(ends, prepend=0), self.seq_len)
         starts, sizes = starts[sizes > 1], sizes[sizes > 1]  # one token alone has no target
-        Problems(table, drop=False).settle(len(starts))
+        if not len(starts):
+            raise ValueError(f"{table.location} has no text of more than one token: there is nothing to predict")
         windows = [tokens[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-        return self.examples({"inputs": Ragged(windows)}, np.repeat(np.arange(len(texts)), lengths)[starts])
+        return self.examples({"inputs": Ragged(windows)}, np.repeat(rows, lengths)[starts], dropped=dropped)
 
     def examples(self, columns: dict[str, Ragged], rows: Sequence[int], **others: Any) -> Examples:
         """Examples whose last token is not read, only predicted."""

@@ -4,34 +4,37 @@ Shapes: B batch, T time, C labels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
+from pretrain import dist
 from pretrain.config import ModelConfig, ObjectiveConfig, TaskConfig
 from pretrain.data.objectives import IGNORE
 from pretrain.data.tables import Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged
 from pretrain.data.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Inputs = dict[str, torch.Tensor]
 Write = Callable[[list[list[int]], int, Sequence[int]], list[list[int]]]  # (prompts, most new ids, ids that end them)
 
 
 class Task:
     """`head` is the model's, `labels` name its outputs; `best` is the figure that says which checkpoint is best, of the
-    `figures` that an evaluation gives besides val_loss.
+    `figures` that an evaluation gives besides the loss (`best_on`, `figures_of`: where they depend on the examples).
     """
 
     head: str
     best: str
     figures: tuple[str, ...]
-    respond: Callable | None = None  # where a model writes: (model, table, batch size, on_rows) -> what is told
 
     def __init__(
         self, config: TaskConfig, tokenizer: Tokenizer, model: ModelConfig, seq_len: int, packing: str, seed: int,
-        objective: ObjectiveConfig | None = None,
+        objective: ObjectiveConfig,
     ):  # fmt: skip
         """`config.labels` is filled in where the task has labels; `seq_len`: the most tokens of an example; `packing`:
         best_fit or none, for tasks that put several examples in a row; `objective`: for tasks whose labels are tokens.
@@ -57,8 +60,12 @@ class Task:
         """Take from the training examples what the loss depends on, where it does."""
 
     def best_on(self, examples: Examples) -> str:
-        """`best`, where it depends on the held-out examples."""
+        """The `best` figure, with val_ before its name, for these held-out examples."""
         return self.best
+
+    def figures_of(self, examples: Examples) -> tuple[str, ...]:
+        """The names, without val_, of all that an evaluation of these held-out examples gives."""
+        return ("loss", *self.figures)
 
     def logits(self, model: Any, inputs: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         """What the model says of a batch of `collate`, without its labels."""
@@ -85,6 +92,12 @@ class Task:
     def judge_written(self, table: Table, examples: Examples, write: Write) -> tuple[dict, list[dict]]:
         """Where a model writes texts: figures and rows, as `score` has them, of what it writes after prompts."""
         return {}, []
+
+    def respond(
+        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
+    ) -> list[dict] | None:
+        """Where a model writes texts: what is told to the user, one for each row. None: `outputs` tells it."""
+        return None
 
     def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
         """A batch: inputs int64[B, T] filled up on the right, documents int32[B, T] (0, padding -1), labels."""
@@ -114,26 +127,35 @@ def padded_tokens(column: Ragged, numbers: np.ndarray) -> tuple[np.ndarray, np.n
     return tokens, -padding.astype(np.int32)
 
 
-class Problems:
-    """The rows of a table that cannot be learnt from: left out, or all named in one error."""
+def read_rows(
+    table: Table, read: Callable[[int], T], drop_bad: bool, with_gold: bool = True
+) -> tuple[list[int], list[T], list[str]]:  # fmt: skip
+    """Of a table the rows that can be used, what `read(row)` makes of each, and what is wrong with the others: the
+    `ValueError` of `read`. They are left out, or all named in one error. Without gold every row is to be used.
+    """
+    rows, found, problems = [], [], []
+    is_main = dist.from_environment().is_main
+    for row in tqdm(range(len(table.rows)), desc="reading examples", unit=" rows", delay=1, disable=not is_main):
+        try:
+            found.append(read(row))
+            rows.append(row)
+        except ValueError as error:
+            problems.append(f"{table.place(row)}: {error}")
+    if problems and not (drop_bad and with_gold):
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        what, remedy = "read", "Mend them, or leave them out"
+        if with_gold:
+            what, remedy = "learnt from", f"{remedy} with task.drop_bad=true"
+        raise ValueError(f"{len(problems)} examples of {table.location} cannot be {what}: {'; '.join(problems[:5])}"
+                         f"{more}. {remedy}")  # fmt: skip
+    if not rows:
+        raise ValueError(f"{table.location} has no example left of {len(table.rows)} rows")
+    return rows, found, problems
 
-    def __init__(self, table: Table, drop: bool):
-        self._table, self._drop = table, drop
-        self.found: list[str] = []
 
-    def add(self, row: int, reason: str) -> None:
-        self.found.append(f"{self._table.place(row)}: {reason}")
-
-    def settle(self, count: int) -> None:
-        """`count`: the examples that are left."""
-        if self.found and not self._drop:
-            more = f" and {len(self.found) - 5} more" if len(self.found) > 5 else ""
-            raise ValueError(
-                f"{len(self.found)} examples of {self._table.location} cannot be learnt from: "
-                f"{'; '.join(self.found[:5])}{more}. Mend them, or leave them out with task.drop_bad=true"
-            )
-        if not count:
-            raise ValueError(f"{self._table.location} has no example left of {len(self._table.rows)} rows")
+def ending(tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
+    """The special ids after a text; none for a model that looks back only, for which the text is not over."""
+    return [] if model.causal else tokenizer.suffix
 
 
 def whole_text(
@@ -141,17 +163,17 @@ def whole_text(
 ) -> tuple[list[int], list[int]]:
     """A text, or two, with the special ids around, cut to `limit` ids, and the segment of each id (0 or 1).
 
-    Of two texts the longer one is cut, token by token, as transformers does. A model that looks back only sees no end:
-    the text is not over for it.
+    Of two texts the longer one is cut until it is as long as the other, then both, as transformers does.
     """
-    before, after = tokenizer.prefix, [] if model.causal else tokenizer.suffix
+    before, after = tokenizer.prefix, ending(tokenizer, model)
     between = [] if pair is None else tokenizer.between
     room = limit - len(before) - len(between) - len(after)
     if pair is None:
         return [*before, *ids[:room], *after], [0] * (len(before) + min(room, len(ids)) + len(after))
     first, second = len(ids), len(pair)
-    while first + second > room:
-        first, second = (first - 1, second) if first > second else (first, second - 1)
+    if first + second > room:
+        shorter = min(first, second, room // 2)
+        first, second = (shorter, room - shorter) if first <= second else (room - shorter, shorter)
     inside = [*before, *ids[:first], *between]
     rest = [*pair[:second], *after]
     return [*inside, *rest], [0] * len(inside) + [1] * len(rest)

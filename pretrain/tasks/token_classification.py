@@ -1,6 +1,7 @@
 """A tag for each word of a text: names, places, ... in BIO (Ramshaw and Marcus, 1995; CoNLL-2003)."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from pretrain import metrics
 from pretrain.config import TaskConfig
 from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Table
+from pretrain.data.tables import Column, Table
 from pretrain.data.tasks import Examples, Ragged, make_examples
 from pretrain.model.losses import cross_entropy_rows
-from pretrain.tasks.task import Inputs, Problems, Task, whole_text
+from pretrain.tasks.task import Inputs, Task, ending, read_rows, whole_text
 
 OUTSIDE = "O"
 _TAG = re.compile(r"O|[BI]-.+")
@@ -32,40 +33,36 @@ class TokenClassification(Task):
     def __init__(self, config: TaskConfig, *others: Any):
         super().__init__(config, *others)
         self.numbers = {tag: number for number, tag in enumerate(self.labels)}
-        if wrong := [tag for tag in self.labels if not _TAG.fullmatch(tag)]:
-            raise ValueError(f"{config.tags}: {wrong[0]!r} is no tag of BIO: write B-{wrong[0]} for the first word of "
-                             f"a span, I-{wrong[0]} for its others, and O for a word outside of all")  # fmt: skip
+        check_tags(self.labels, "task.labels")
 
     @staticmethod
     def settled(config: TaskConfig, table: Table) -> TaskConfig:
         """The tags of a table: O, and the others sorted."""
         if config.labels is not None:
             return config
-        found = {tag for tags in _listed(table, config.tags, "task.tags") for tag in tags} - {OUTSIDE}
+        _, read, _ = read_rows(table, _reader(config, table), config.drop_bad)
+        found = {tag for _, tags in read for tag in tags} - {OUTSIDE}
         if not found:
             raise ValueError(f"{table.location} has only the tag {OUTSIDE}: there is nothing to find")
         return replace(config, labels=[OUTSIDE, *sorted(found)])
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
-        config, problems = self.config, Problems(table, self.config.drop_bad and with_gold)
-        texts = _listed(table, config.tokens, "task.tokens")
-        gold = _listed(table, config.tags, "task.tags") if with_gold else [None] * len(texts)
-        rows, inputs, labels, places = [], [], [], []
-        for row, (words, tags) in enumerate(zip(texts, gold, strict=True)):
-            if tags is not None and (problem := self._problem(words, tags)):
-                problems.add(row, problem)
-                continue
-            ids, at = self._encoded(words)
-            targets = np.full(len(ids), IGNORE)
-            if tags is not None:
-                targets[at[at >= 0]] = [self.numbers[tag] for tag, place in zip(tags, at, strict=True) if place >= 0]
-            rows.append(row)
-            inputs.append(ids)
-            labels.append(targets)
-            places.append(at)
-        problems.settle(len(rows))
-        columns = {"inputs": Ragged(inputs), "labels": Ragged(labels)}
-        return make_examples(columns, rows, {"places": places}, problems.found)
+        read = _reader(self.config, table, with_gold)
+
+        def encoded(row: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+            words, tags = read(row)
+            if unknown := [tag for tag in tags if tag not in self.numbers]:
+                raise ValueError(f"the tag {unknown[0]!r} is none of {', '.join(self.labels)}")
+            ids, places = self._encoded(words)
+            labels = np.full(len(ids), IGNORE)
+            for tag, place in zip(tags, places, strict=with_gold):
+                if place >= 0:
+                    labels[place] = self.numbers[tag]
+            return ids, labels, places
+
+        rows, made, dropped = read_rows(table, encoded, self.config.drop_bad, with_gold)
+        inputs, labels, places = zip(*made, strict=True)
+        return make_examples({"inputs": Ragged(inputs), "labels": Ragged(labels)}, rows, {"places": places}, dropped)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return cross_entropy_rows(logits, labels)
@@ -81,22 +78,12 @@ class TokenClassification(Task):
         return made
 
     def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
-        texts = _listed(table, self.config.tokens, "task.tokens")
-        gold = _listed(table, self.config.tags, "task.tags")
+        read, details = _reader(self.config, table), []
         predicted = [told["tags"] for told in self.outputs(table, examples, predictions)]
-        details = []
         for row, tags in zip(examples.rows.tolist(), predicted, strict=True):
-            details.append({"text": " ".join(texts[row]), "gold": gold[row], "prediction": tags,
-                            "right": tags == gold[row]})  # fmt: skip
+            words, gold = read(row)
+            details.append({"text": " ".join(words), "gold": gold, "prediction": tags, "right": tags == gold})
         return metrics.spans([row["gold"] for row in details], predicted), details, {}
-
-    def _problem(self, words: list[str], tags: list[str]) -> str | None:
-        if not words:
-            return "it has no words"
-        if len(words) != len(tags):
-            return f"{len(words)} words ({self.config.tokens}) and {len(tags)} tags ({self.config.tags})"
-        unknown = [tag for tag in tags if tag not in self.numbers]
-        return f"the tag {unknown[0]!r} is none of {', '.join(self.labels)}" if unknown else None
 
     def _encoded(self, words: list[str]) -> tuple[list[int], np.ndarray]:
         """The ids of a text, and the place of each word's token among them, int[words]; -1 where there is none."""
@@ -113,16 +100,45 @@ class TokenClassification(Task):
         found, first = np.unique(word_of[tokens], return_index=True)
         places = np.full(len(words), -1)
         places[found] = len(self.tokenizer.prefix) + tokens[first]
-        room = len(inputs) - (0 if self.model.causal else len(self.tokenizer.suffix))
+        room = len(inputs) - len(ending(self.tokenizer, self.model))
         places[places >= room] = -1
         return inputs, places
 
 
-def _listed(table: Table, name: str, key: str) -> list[list[str]]:
-    """The words or tags of each row: a list, or a text that spaces divide."""
-    found = [value.split() if isinstance(value, str) else value for value in table.column(name, key)]
-    for row, value in enumerate(found):
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{table.place(row)}: {name}={str(value)[:80]} must be a list of texts, or one text that "
-                             f"spaces divide ({key} names the column)")  # fmt: skip
+def _reader(
+    config: TaskConfig, table: Table, with_gold: bool = True
+) -> Callable[[int], tuple[list[str], list[str]]]:  # fmt: skip
+    """What reads the words of a row, and their tags."""
+    tokens = table.column(config.tokens, "task.tokens")
+    gold = table.column(config.tags, "task.tags") if with_gold else None
+
+    def read(row: int) -> tuple[list[str], list[str]]:
+        words = _listed(tokens, row)
+        if gold is None:
+            return words, []
+        tags = _listed(gold, row)
+        if not words:
+            raise ValueError("it has no words")
+        if len(words) != len(tags):
+            raise ValueError(f"{len(words)} words ({config.tokens}) and {len(tags)} tags ({config.tags})")
+        check_tags(tags, config.tags)
+        return words, tags
+
+    return read
+
+
+def check_tags(tags: list[str], name: str) -> None:
+    """`ValueError` for what is no tag of BIO; `name`: where they stand."""
+    if wrong := [tag for tag in tags if not _TAG.fullmatch(tag)]:
+        raise ValueError(f"{name}: {wrong[0]!r} is no tag of BIO: write B-{wrong[0]} for the first word of a span, "
+                         f"I-{wrong[0]} for its others, and O for a word outside of all")  # fmt: skip
+
+
+def _listed(column: Column, row: int) -> list[str]:
+    """The words or tags of a row: a list, or a text that spaces divide."""
+    value = column.value(row)
+    found = value.split() if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise ValueError(f"{column.name}={str(value)[:80]} must be a list of texts, or one text that spaces divide "
+                         f"({column.key} names the column)")  # fmt: skip
     return found

@@ -25,6 +25,7 @@ class TaskValidation:
         self.facts: dict = {}
 
     def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
+        """The figures, called `val_...`; of the loss only where the examples have labels to lose."""
         rows = predict(self.task, self.examples, self.micro_batch_size, evaluate, ranks, device)
         losses, counts = math.fsum(rows[:, 0].tolist()), int(rows[:, 1].sum())
         figures, self.details, self.facts = self.task.score(self.table, self.examples, rows[:, 2:])
@@ -32,7 +33,7 @@ class TaskValidation:
         written, told = self.task.judge_written(self.table, self.examples, write)
         self.details = told or self.details
         named = {f"val_{name}": float(value) for name, value in (figures | written).items()}
-        return {"val_loss": losses / counts if counts else math.nan} | named
+        return ({"val_loss": losses / counts} if counts else {}) | named
 
 
 def predict(

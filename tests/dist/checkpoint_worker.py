@@ -1,6 +1,6 @@
 """Run by test_checkpoint.py: saves, damages and loads checkpoints of made-up fragments; results as JSON.
 
-    torchrun --nproc-per-node 2 tests/dist/checkpoint_worker.py OUT.json
+torchrun --nproc-per-node 2 tests/dist/checkpoint_worker.py OUT.json
 """
 
 import json

@@ -22,13 +22,14 @@ from pretrain.model.heads import build_model
 from pretrain.model.initial import initial_value
 from pretrain.tasks.embedding import Embedding
 from pretrain.tasks.validation import TaskValidation
+from tests.models import fill_engine, filled_model, initial_values
 
 BATCH, VOCAB, SEED = 8, 211, 5
 CONFIG = compose.compose("finetune", [
     "task=embedding", "run.name=x", "model=llama_tiny", "model.layers=1", f"model.vocab_size={VOCAB}",
     "model.causal=false", "model.head=embedding", "model.pooling=mean", "data.train=x",
 ])  # fmt: skip
-TASK = Embedding(CONFIG.task, None, CONFIG.model, 24, "none", 0)
+TASK = Embedding(CONFIG.task, None, CONFIG.model, 24, "none", 0, CONFIG.objective)
 TEXTS = np.arange(2 * BATCH).reshape(BATCH, 2)
 TEXTS[3, 1], TEXTS[6, 0] = TEXTS[1, 1], TEXTS[2, 0]
 
@@ -41,7 +42,7 @@ def main(out: Path) -> None:
         built = build(stage, micro, dropout, ranks, device)
         if not dropout:
             rows = [{"query": f"q{query}", "document": f"d{document}"} for query, document in TEXTS.tolist()]
-            table = Table("held-out", rows, "", ["query", "document"], [])
+            table = Table("held-out", rows, ["query", "document"], [])
             results[f"figures-{micro}"] = TaskValidation(TASK, table, pairs(), micro).run(built.evaluate, ranks, device)
         results["steps"].append(compared(built, micro, dropout, ranks))
     if ranks.is_main:
@@ -69,10 +70,7 @@ def build(stage: int, micro: int, dropout: float, ranks: dist.Ranks, device: tor
     settings = engine.deepspeed_config(replace(CONFIG.deepspeed, stage=stage), BATCH, micro, accumulation, 0.0, "fp32")
     new_model = functools.partial(build_model, replace(CONFIG.model, dropout=dropout))
     built = engine.Engine(new_model, TASK.loss_rows, settings, replace(CONFIG.optim, grad_clip=0.0), ranks, device)
-    for f in built.fragments():
-        if f.kind == engine.WEIGHT:
-            f.values.copy_(weights(f.name, f.shape).view(-1)[f.offset : f.offset + len(f.values)])
-    built.refresh(0)
+    fill_engine(built, initial_values(CONFIG.model))
     return built
 
 
@@ -91,15 +89,9 @@ def compared(built: engine.Engine, micro: int, dropout: float, ranks: dist.Ranks
             "scale": max(part.abs().max().item() for part in gradient.values())}  # fmt: skip
 
 
-def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return initial_value(name, shape, CONFIG.model, 0)
-
-
 def plain(dropout: float, micro: int, world_size: int) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and gradient of the global batch in one graph, with the dropout that each rank and micro-batch has."""
-    model = build_model(replace(CONFIG.model, dropout=dropout))
-    for name, parameter in model.named_parameters():
-        parameter.data = weights(name, tuple(parameter.shape))
+    model = filled_model(replace(CONFIG.model, dropout=dropout))
     queries, documents, texts = [], [], []
     for rank in range(world_size):
         for number, batch in enumerate(micro_batches(micro, rank, world_size)):

@@ -1,6 +1,6 @@
 """Run under torchrun by test_engine.py: steps the engine in many set-ups in one process group, results as JSON.
 
-    torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
+torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
 """
 
 import functools
@@ -14,9 +14,9 @@ import torch
 from pretrain import checkpoint, compose, config, dist, engine, optim
 from pretrain.data.objectives import IGNORE
 from pretrain.model import losses
-from pretrain.model.heads import LanguageModel
-from pretrain.model.initial import initial_value
+from pretrain.model.heads import build_model
 from pretrain.model.losses import cross_entropy_rows
+from tests.models import fill_engine, filled_model, initial_values
 
 VOCAB, BATCH, LENGTH = 211, 8, 24
 GENERATOR = torch.Generator().manual_seed(0)
@@ -24,41 +24,55 @@ TOKENS = torch.randint(0, VOCAB, (2, BATCH, LENGTH + 1), generator=GENERATOR)
 LABELS = TOKENS[:, :, 1:].clone()
 for _row in range(BATCH):  # rows with very different numbers of targets: a mean of means would show
     LABELS[:, _row, : 3 * _row] = IGNORE
+# What learns of a model: all of it, thin matrices beside it, or its head alone.
+PARTS = {"all": ([], lambda name: True), "lora": (["model.lora_rank=2"], lambda name: "lora_" in name),
+         "head": (["model.tied_embeddings=false"], lambda name: name.startswith("head."))}  # fmt: skip
 DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 
 
 def main(out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}}
+    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}, "parts": {}}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
             results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
             results["counts"][f"{precision}-{stage}"] = other_counts(stage, precision, ranks, device)
             results["few"][f"{precision}-{stage}"] = few_targets(stage, precision, ranks, device)
+            for part in ("lora", "head") if precision == "fp32" else ("lora",):
+                results["parts"][f"{part}-{precision}-{stage}"] = train_part(part, stage, precision, out, ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
         results["splits"][str(micro)] = gradient(micro, ranks, device)
     if ranks.world_size == 2:
         for before, after in ((1, 3), (3, 2), (2, 0), (0, 1)):
-            results["moves"][f"{before}-{after}"] = move(before, after, out.parent, ranks, device)
+            results["moves"][f"{before}-{after}"], _ = move(before, after, out.parent, ranks, device)
     if ranks.is_main:
         out.write_text(json.dumps(results))
     dist.finish(0)
 
 
-def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8) -> engine.Engine:
+@functools.cache
+def config_of(stage: int, part: str) -> config.Config:
     overrides = ["run.name=x", "model=llama_tiny", "model.layers=1", f"model.vocab_size={VOCAB}", "train.seq_len=24"]
-    cfg = compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}"])
+    return compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}", *PARTS[part][0]])
+
+
+def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all") -> engine.Engine:
+    cfg = config_of(stage, part)
     train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
     accumulation = config.accumulation_steps(train_config, ranks.world_size)
     settings = engine.deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
 
     optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
-    built = engine.Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, optim_config, ranks, device)
-    for f in built.fragments():
-        if f.kind == engine.WEIGHT:
-            f.values.copy_(initial_value(f.name, f.shape, cfg.model, 0).view(-1)[f.offset : f.offset + len(f.values)])
-    built.refresh(0)
+
+    def new_model() -> torch.nn.Module:
+        model = build_model(cfg.model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(PARTS[part][1](name))
+        return model
+
+    built = engine.Engine(new_model, loss_rows, settings, optim_config, ranks, device)
+    fill_engine(built, initial_values(cfg.model))
     built.micro, built.model_config, built.optim_config = micro, cfg.model, optim_config
     return built
 
@@ -78,9 +92,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
     # a large eps, or AdamW would turn the rounding of the smallest gradients into steps as large as any
     built = build(stage, precision, 2, ranks, device, eps=1e-4)
     everything = {"inputs": TOKENS[:, :, :-1].flatten(0, 1), "labels": LABELS.flatten(0, 1), "documents": DOCUMENTS}
-    model = LanguageModel(built.model_config)
-    for name, parameter in model.named_parameters():
-        parameter.data = initial_value(name, tuple(parameter.shape), built.model_config, 0)
+    model = filled_model(built.model_config)
     groups = optim.parameter_groups(model.named_parameters(), built.optim_config.weight_decay)
     torch_optimizer = optim.build(built.optim_config, groups)
     found, expected = [], []
@@ -117,9 +129,7 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     built.loss_rows = functools.partial(losses.loss_rows, sparse=True)
     inputs, labels = TOKENS[0, :, :-1], torch.full((BATCH, LENGTH), IGNORE)
     labels[0, 3], labels[4, 5:8] = 17, 60
-    model = LanguageModel(built.model_config)
-    for name, parameter in model.named_parameters():
-        parameter.data = initial_value(name, tuple(parameter.shape), built.model_config, 0)
+    model = filled_model(built.model_config)
     expected = (loss_rows(model, inputs, labels).sum() / 4).item()
     found = []
     for its_labels in (labels, torch.full_like(labels, IGNORE), labels):
@@ -156,22 +166,38 @@ def gradient(micro: int, ranks, device) -> dict:
             "gradient": [value / 0.1 for _, _, values in pieces for value in values]}  # fmt: skip
 
 
-def move(before: int, after: int, folder: Path, ranks, device) -> dict:
+def train_part(part: str, stage: int, precision: str, out: Path, ranks, device) -> dict:
+    """As `move`, to the next stage, where only a part of the model learns; and which weights are as they were."""
+    found, built = move(stage, (stage + 1) % 4, out.parent, ranks, device, precision, part)
+    first = initial_values(config_of(stage, part).model)
+    computed = torch.bfloat16 if precision == "bf16" else torch.float32  # what does not learn is kept in this
+    same: dict[str, bool] = {}
+    for f in built.fragments():
+        if f.kind == engine.WEIGHT:
+            before = first(f.name, f.shape).view(-1)[f.offset : f.offset + len(f.values)]
+            same[f.name] = torch.equal(f.values.float(), before.to(computed).float())
+    changed = {name for found in dist.all_gather_objects(same) for name, is_same in found.items() if not is_same}
+    return found | {"changed": sorted(changed)}
+
+
+def move(
+    before: int, after: int, folder: Path, ranks, device, precision="fp32", part="all"
+) -> tuple[dict, engine.Engine]:
     """Three steps at one stage, a checkpoint, three at another: what it loaded and how it went on."""
-    first = build(before, "fp32", 2, ranks, device)
+    first = build(before, precision, 2, ranks, device, part=part)
     losses = train(first, ranks, 3)["losses"]
-    path = folder / f"checkpoints-{before}-{after}"
+    path = folder / f"checkpoints-{part}-{precision}-{before}-{after}"
     events = []
     saver = checkpoint.Checkpoints(path, ranks, 1, lambda kind, **facts: events.append(kind))
     header = checkpoint.Header(3, "adamw", first.optimizer_steps, {}, {})
     saver.save(header, first.fragments_to_save())
     assert saver.wait(), events
-    second = build(after, "fp32", 2, ranks, device)
+    second = build(after, precision, 2, ranks, device, part=part)
     found = checkpoint.choose(path, ranks, lambda kind, **facts: events.append(kind))
     loaded = checkpoint.load(found, second.fragments())
     second.refresh(loaded.optimizer_steps)
     result = train(second, ranks, 3, first=3)
-    return {"losses": losses + result["losses"], "events": events, "steps": result["steps"]}
+    return result | {"losses": losses + result["losses"], "events": events}, second
 
 
 if __name__ == "__main__":

@@ -1,23 +1,53 @@
 """Run under torchrun by test_finetune.py: many fine-tuning runs, one after the other, in one process group.
 
-    torchrun --nproc-per-node 2 tests/dist/finetune_worker.py RUNS.json     # a list of command lines
+torchrun --nproc-per-node 2 tests/dist/finetune_worker.py ASKED.json OUT.json
+
+ASKED.json: {"runs": command lines to carry out, "unreported": others whose report nobody reads, "steps": {name: a
+command line of which one step is taken}}. OUT.json: {name: {parameter: the largest change of one of its numbers}}.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from pretrain import compose, dist, entry, finetune
+import torch
+
+from pretrain import compose, dist, engine, entry, finetune, hardware
+from pretrain.loop import agree_on_batch, on_device, split
 
 
-def main(runs: list[list[str]]) -> None:
+def main(asked: dict, out: Path) -> None:
+    hardware.peak_flops = lambda device, precision: (1e12, "not measured")  # it takes longer than these runs
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    for overrides in runs:
-        sys.argv = [sys.argv[0], *overrides]
-        entry.run(finetune.make_plan(compose.from_command_line("finetune", entry.model_of), ranks), ranks, device)
+    for overrides in asked["runs"]:
+        entry.run(plan_of(overrides, ranks), ranks, device)
+    entry.report.write_report = lambda folder: folder  # its curves take half of the time
+    for overrides in asked["unreported"]:
+        entry.run(plan_of(overrides, ranks), ranks, device)
+    changes = {name: one_step(plan_of(line, ranks), ranks, device) for name, line in asked["steps"].items()}
+    if ranks.is_main:
+        out.write_text(json.dumps(changes))
     dist.finish(0)
 
 
+def plan_of(overrides: list[str], ranks: dist.Ranks) -> entry.Plan:
+    sys.argv = [sys.argv[0], *overrides]
+    return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), ranks)
+
+
+def one_step(plan: entry.Plan, ranks: dist.Ranks, device: torch.device) -> dict[str, float]:
+    """How far each parameter gets in the first step of a run on one rank."""
+    trainer = entry.build_engine(plan, "fp32", ranks, device)
+    entry.start_from(None, trainer, plan)
+    before = {f.name: f.values.clone() for f in trainer.fragments() if f.kind == engine.WEIGHT}
+    rows = plan.stream.rows(plan.stream.numbers(0))
+    parts = [plan.collate(part) for part in split(rows, plan.config.train.micro_batch_size)]
+    targets, _ = agree_on_batch(rows, [part["labels"] for part in parts])
+    trainer.step([on_device(part, device) for part in parts], targets, plan.config.optim.lr)
+    after = {f.name: f.values for f in trainer.fragments() if f.kind == engine.WEIGHT}
+    return {name: float((after[name] - value).abs().max()) for name, value in before.items()}
+
+
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

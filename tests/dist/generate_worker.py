@@ -12,10 +12,9 @@ import torch
 from pretrain import compose, dist, engine
 from pretrain.generate import generate_batch
 from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
+from tests.models import SMALL, fill_engine, initial_values
 
-OVERRIDES = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32", "model.max_positions=48"]
 PROMPTS = ([[5, 6, 7], [8] * 20, [9, 10]], [[11] * 46], [])  # of the ranks: many steps, two steps, nothing to do
 TOKENS = torch.randint(0, 97, (2, 2, 17), generator=torch.Generator().manual_seed(0))
 
@@ -32,15 +31,11 @@ def main(out: Path) -> None:
 def run(stage: int, ranks: dist.Ranks, device: torch.device) -> dict:
     """Ids of every rank before and after a step, and the losses of two steps."""
     threshold = "+deepspeed.extra.zero_optimization.param_persistence_threshold=0"  # else small ones stay whole
-    overrides = [*OVERRIDES, f"deepspeed=zero{stage}", *([threshold] if stage == 3 else [])]
+    overrides = [*SMALL, f"deepspeed=zero{stage}", *([threshold] if stage == 3 else [])]
     cfg = compose.compose("pretrain", overrides)
     settings = engine.deepspeed_config(cfg.deepspeed, 4, 2, 1, 1.0, "fp32")
     built = engine.Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
-    for f in built.fragments():
-        if f.kind == engine.WEIGHT:
-            full = 5 * initial_value(f.name, f.shape, cfg.model, 0)
-            f.values.copy_(full.view(-1)[f.offset : f.offset + len(f.values)])
-    built.refresh(0)
+    fill_engine(built, initial_values(cfg.model, 5))
     ids = [generate(built.engine, mine, ranks) for mine in (PROMPTS, PROMPTS[1:])]
     losses = [step(built, ranks)]
     ids.append(generate(built.engine, PROMPTS, ranks))

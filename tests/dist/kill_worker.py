@@ -1,6 +1,6 @@
 """Run by test_checkpoint.py: a save is killed (SIGKILL) at each of its file operations in turn; results as JSON.
 
-    python tests/dist/kill_worker.py OUT.json
+python tests/dist/kill_worker.py OUT.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """Run under torchrun by test_show_model.py: the bytes that a rank's engine really holds, for each stage, as JSON.
 
-    torchrun --nproc-per-node 2 tests/dist/memory_worker.py OUT.json
+torchrun --nproc-per-node 2 tests/dist/memory_worker.py OUT.json
 """
 
 import gc
@@ -15,6 +15,7 @@ import torch
 from pretrain import compose, dist, engine
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
+from tests.models import fill_engine, initial_values
 
 MODEL = ["model=llama_tiny", "model.layers=6", "model.vocab_size=64"]  # no parameter is much of it
 BUCKETS = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # or they would be most of the memory
@@ -41,10 +42,7 @@ def held(stage: int, precision: str, ranks, device) -> dict:
     config = replace(cfg.deepspeed, extra={"zero_optimization": BUCKETS | kept_whole} if stage else {})
     settings = engine.deepspeed_config(config, 4 * ranks.world_size, 2, 2, 1.0, precision)
     built = engine.Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
-    for fragment in built.fragments():
-        if fragment.kind == engine.WEIGHT:
-            fragment.values.normal_(0, 0.02)
-    built.refresh(0)
+    fill_engine(built, initial_values(cfg.model))
     parts = [dict.fromkeys(("inputs", "labels"), torch.randint(0, 64, (2, 8))) for _ in range(2)]
     most = 0
 

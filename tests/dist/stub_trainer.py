@@ -1,6 +1,6 @@
 """Stands in for the trainer in test_launch.py, started by the launchers as MODULE: saves on a signal, starts a child.
 
-    NPROC=2 MODULE=tests.dist.stub_trainer launch/torchrun.sh FOLDER
+NPROC=2 MODULE=tests.dist.stub_trainer launch/torchrun.sh FOLDER
 """
 
 import os

@@ -11,7 +11,7 @@ import torch
 
 from pretrain import dist
 from pretrain.tasks.validation import continued
-from tests.test_generate import some_prompts, tiny_model
+from tests.models import some_prompts, tiny_model
 
 
 def main(out: Path) -> None:
