@@ -15,14 +15,15 @@ from pathlib import Path
 
 from pretrain import checkpoint, config, convert, dist, engine, entry, tuning
 from pretrain.config import Config, ModelConfig
-from pretrain.data.tables import Table, read_table
-from pretrain.data.tasks import Examples, ExampleStream
+from pretrain.data.tables import read_table
+from pretrain.data.tasks import ExampleStream
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.files import TASK
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.hf import fitting_head
 from pretrain.model.transformer import flops_per_token
 from pretrain.tasks import Task, make_task
+from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation
 
 
@@ -37,7 +38,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     table = read_table(cfg.data.sources, "data.train")
     task = make_task(cfg.task, tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
     cfg = replace(cfg, task=task.config)
-    examples = encode(task, table, ranks)
+    examples = encode_and_tell(task, table, ranks.is_main)
     task.weigh(examples)
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
     cfg = replace(cfg, train=config.with_steps(cfg.train, len(examples)))
@@ -87,15 +88,6 @@ def open_tokenizer(cfg: Config) -> Tokenizer:
     return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
 
 
-def encode(task: Task, table: Table, ranks: dist.Ranks) -> Examples:
-    """The examples of a table; what was left out is said."""
-    examples = task.encode(table)
-    if examples.dropped and ranks.is_main:
-        print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
-              f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
-    return examples
-
-
 def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
     """The model with the head that the task needs and, for LoRA, its thin matrices."""
     model = base if task.head == base.head == "lm" else fitting_head(base, task.head, len(task.labels))
@@ -122,7 +114,7 @@ def open_validation(cfg: Config, task: Task, ranks: dist.Ranks) -> TaskValidatio
     if not cfg.data.val:
         return None
     table = read_table(cfg.data.val, "data.val").some(cfg.train.eval_samples)
-    return TaskValidation(task, table, encode(task, table, ranks), cfg.train.micro_batch_size)
+    return TaskValidation(task, table, encode_and_tell(task, table, ranks.is_main), cfg.train.micro_batch_size)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A model that was tuned for a task, applied to a table of new examples."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pretrain.config import Config
 from pretrain.data.tables import Table
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.tasks import make_task
+from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation, predict
 
 THE_MODELS_OWN = ("name", "labels")  # settings of a task that belong to what the weights were tuned for
@@ -42,10 +42,7 @@ class Predictor:
 
     def figures(self, table: Table, batch_size: int) -> dict[str, float]:
         """How good it is on a table that has what is to be predicted; rows that are left out are said."""
-        examples = self.task.encode(table)
-        if examples.dropped:
-            print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
-                  f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
+        examples = encode_and_tell(self.task, table)
         found = TaskValidation(self.task, table, examples, batch_size).run(self._evaluate, dist.ALONE, self.device)
         if self.task.config.class_weights != "none":
             found.pop("val_loss")  # it is not weighted here: the weights are those of the training examples

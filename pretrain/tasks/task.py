@@ -3,6 +3,7 @@
 Shapes: B batch, T time, C labels.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -151,6 +152,15 @@ def read_rows(
     if not rows:
         raise ValueError(f"{table.location} has no example left of {len(table.rows)} rows")
     return rows, found, problems
+
+
+def encode_and_tell(task: Task, table: Table, tell: bool = True) -> Examples:
+    """The examples of a table with gold; what was left out is said."""
+    examples = task.encode(table)
+    if examples.dropped and tell:
+        print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
+              f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
+    return examples
 
 
 def ending(tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
