@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests. Arguments go to pytest.
 #
-#   launch/test.sh                       # all but the slow ones (~20 minutes on 2 cores)
+#   launch/test.sh                       # all but the slow ones (~25 minutes on 2 cores)
 #   launch/test.sh -m '' tests/dist      # everything in one place, the slow ones too
 #   launch/test.sh -k order -x
 #
