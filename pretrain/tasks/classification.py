@@ -13,10 +13,10 @@ from pretrain.data.objectives import IGNORE
 from pretrain.data.tables import Column, Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.model.losses import label_rows, multi_label_rows
-from pretrain.tasks.task import Inputs, Task, read_rows, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, read_rows, whole_text
 
 
-class Classification(Task):
+class Classification(HeadTask):
     """One label a text: softmax and macro-F1; `multi_label`: a sigmoid for each label, and micro-F1."""
 
     head = "sequence"

@@ -21,13 +21,13 @@ from pretrain.data.table_formats import answers
 from pretrain.data.tables import Table
 from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
 from pretrain.model.losses import span_rows
-from pretrain.tasks.task import Inputs, Task, ending, read_rows
+from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows
 
 NOWHERE = [0, 0]
 Gold = tuple[list[str], list[int]]  # the answers, and the characters where they begin
 
 
-class ExtractiveQA(Task):
+class ExtractiveQA(HeadTask):
     """A probability of each token to begin the answer, and to end it: exact match and F1 of words."""
 
     head = "span"

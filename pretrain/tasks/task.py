@@ -4,6 +4,7 @@ Shapes: B batch, T time, C labels.
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ Inputs = dict[str, torch.Tensor]
 Write = Callable[[list[list[int]], int, Sequence[int]], list[list[int]]]  # (prompts, most new ids, ids that end them)
 
 
-class Task:
+class Task(ABC):
     """`head` is the model's, `labels` name its outputs; `best` is the figure that says which checkpoint is best, of the
     `figures` that an evaluation gives besides the loss (`best_on`, `figures_of`: where they depend on the examples).
     """
@@ -32,6 +33,7 @@ class Task:
     head: str
     best: str
     figures: tuple[str, ...]
+    loss_rows: Callable[..., torch.Tensor]  # for training: the summed loss of each row [B]
 
     def __init__(
         self, config: TaskConfig, tokenizer: Tokenizer, model: ModelConfig, seq_len: int, packing: str, seed: int,
@@ -53,11 +55,11 @@ class Task:
         """What a run's task.json says: all that an export or a reader needs to know."""
         return {"name": self.config.name, "labels": self.labels, "multi_label": self.config.multi_label}
 
+    @abstractmethod
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
         """The examples of a table; without gold, what is to be predicted may be missing, and every row gives some."""
-        raise NotImplementedError
 
-    def weigh(self, examples: Examples) -> None:
+    def weigh(self, examples: Examples) -> None:  # noqa: B027 (few have anything to take)
         """Take from the training examples what the loss depends on, where it does."""
 
     def best_on(self, examples: Examples) -> str:
@@ -68,27 +70,15 @@ class Task:
         """The names, without val_, of all that an evaluation of these held-out examples gives."""
         return ("loss", *self.figures)
 
-    def logits(self, model: Any, inputs: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
-        """What the model says of a batch of `collate`, without its labels."""
-        return model(inputs, **others)
-
-    def losses(self, logits: torch.Tensor, labels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """The summed loss of each row [B], over its labels other than -100."""
-        raise NotImplementedError
-
-    def predictions(self, logits: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """What `outputs` needs of each row: [B, k] numbers, k the same for every batch."""
-        raise NotImplementedError
-
+    @abstractmethod
     def outputs(self, table: Table, examples: Examples, predictions: np.ndarray) -> list[dict]:
         """What is told to the user, one for each row of the table, out of predictions [n, k] of its examples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, table: Table, examples: Examples, predictions: np.ndarray) -> tuple[dict, list[dict], dict]:
         """(figures without val_, a row for each row of the table with its gold and whether it is right, facts that no
         figure can say), out of predictions [n, k] of all examples.
         """
-        raise NotImplementedError
 
     def judge_written(self, table: Table, examples: Examples, write: Write) -> tuple[dict, list[dict]]:
         """Where a model writes texts: figures and rows, as `score` has them, of what it writes after prompts."""
@@ -99,6 +89,30 @@ class Task:
     ) -> list[dict] | None:
         """Where a model writes texts: what is told to the user, one for each row. None: `outputs` tells it."""
         return None
+
+    @abstractmethod
+    def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
+        """A batch: what `loss_rows` and `score_rows` take besides the model, its labels among it."""
+
+    @abstractmethod
+    def score_rows(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """For evaluation: of each row the summed loss, the number of its labels, and the predictions: [B, 2 + k]."""
+
+
+class HeadTask(Task):
+    """A task whose head says all of a batch at once: a loss and predictions out of its logits."""
+
+    def logits(self, model: Any, inputs: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        """What the model says of a batch of `collate`, without its labels."""
+        return model(inputs, **others)
+
+    @abstractmethod
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The summed loss of each row [B], over its labels other than -100."""
+
+    @abstractmethod
+    def predictions(self, logits: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """What `outputs` needs of each row: [B, k] numbers, k the same for every batch."""
 
     def collate(self, rows: ExampleRows) -> dict[str, np.ndarray]:
         """A batch: inputs int64[B, T] filled up on the right, documents int32[B, T] (0, padding -1), labels."""
@@ -114,7 +128,6 @@ class Task:
         return self.losses(self.logits(model, **inputs), labels, inputs)
 
     def score_rows(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """For evaluation: of each row the summed loss, the number of its labels, and the predictions: [B, 2 + k]."""
         logits = self.logits(model, **inputs)
         losses, counts = self.losses(logits, labels, inputs), (labels != IGNORE).view(len(labels), -1).sum(1)
         predictions = self.predictions(logits, inputs).double()

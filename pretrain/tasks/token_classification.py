@@ -15,13 +15,13 @@ from pretrain.data.objectives import IGNORE
 from pretrain.data.tables import Column, Table
 from pretrain.data.tasks import Examples, Ragged, make_examples
 from pretrain.model.losses import cross_entropy_rows
-from pretrain.tasks.task import Inputs, Task, ending, read_rows, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, whole_text
 
 OUTSIDE = "O"
 _TAG = re.compile(r"O|[BI]-.+")
 
 
-class TokenClassification(Task):
+class TokenClassification(HeadTask):
     """One token of each word has the word's tag: the first one, or the last one in a model that looks back only, which
     has seen the whole word there alone. A text is its words with single spaces between them; what is longer than
     `seq_len` is cut, and counts as outside (O) of everything when it is judged.
