@@ -50,6 +50,6 @@ setup(
         # figures of translations and summaries, tools/search.py
         "tasks": ["sacrebleu>=2.4", "rouge-score", "faiss-cpu"],
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # tools/evaluate.py --tasks
-        "dev": ["pytest", "ruff", "moto[s3]", "flask", "flask-cors"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "moto[s3]", "flask", "flask-cors"],
     },
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up and run the tests. Arguments go to pytest.
+# Set up and run the tests: without arguments all but the slow ones, in two processes. Arguments go to pytest.
 #
-#   launch/test.sh                       # all but the slow ones (~25 minutes on 2 cores)
+#   launch/test.sh                       # ~25 minutes on 2 cores
 #   launch/test.sh -m '' tests/dist      # everything in one place, the slow ones too
 #   launch/test.sh -k order -x
 #
@@ -14,4 +14,5 @@ where=(tests)
 for argument; do
     [[ ! -e ${argument%%::*} ]] || where=()
 done
+(($#)) || set -- --numprocesses 2 --dist loadfile
 exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

@@ -7,7 +7,6 @@ MASTER_PORT; without them the process is a world of its own.
 """
 
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,17 +49,15 @@ def device_of(ranks: Ranks = ALONE) -> torch.device:
 
 def start(ranks: Ranks) -> torch.device:
     """Join the process group (gloo for CPU tensors, NCCL for CUDA ones) and return this rank's device."""
+    alone = {}
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}  # needs no port, that another might take
     device = device_of(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT)
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     return device
 
 

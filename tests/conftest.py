@@ -1,5 +1,6 @@
 """Markers, and the data and launches that tests share."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,21 @@ def copy_checkout(folder: Path) -> Path:
 def torchrun(ranks: int, *arguments: str) -> list[str]:
     """The command line of a launch on this machine, on a port of its own."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+
+
+@pytest.fixture(scope="session")
+def worker(environment, tmp_path_factory):
+    """Run tests/dist/NAME on some ranks to its end; returns what it wrote as JSON to its last argument."""
+
+    def run(name: str, *arguments: object, ranks: int = 2) -> Any:
+        out = tmp_path_factory.mktemp(Path(name).stem) / "out.json"
+        script = [str(ROOT / "tests" / "dist" / name), *map(str, arguments), str(out)]
+        line = [sys.executable, *script] if ranks == 1 else torchrun(ranks, *script)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return json.loads(out.read_text())
+
+    return run
 
 
 def command(ranks: int, *overrides: str) -> list[str]:

@@ -10,9 +10,7 @@ import sys
 import pytest
 
 from pretrain.checkpoint import read_manifest
-from tests.conftest import ROOT, torchrun
 
-DIST = ROOT / "tests" / "dist"
 SAVE = (
     "import sys; from pathlib import Path; from pretrain import dist;"
     "from pretrain.checkpoint import Checkpoints;"
@@ -23,10 +21,8 @@ SAVE = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, environment):
-    out = tmp_path_factory.mktemp("checkpoint") / "out.json"
-    subprocess.run(torchrun(2, str(DIST / "checkpoint_worker.py"), str(out)), env=environment, check=True, timeout=120)
-    return json.loads(out.read_text())
+def results(worker):
+    return worker("checkpoint_worker.py")
 
 
 def test_leftovers_of_a_killed_save_are_removed_and_the_newest_kept(results):
@@ -59,11 +55,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(results, kind):
     assert any(name.startswith("bad-step-000000005") for name in found["names"]), "nothing is thrown away"
 
 
-def test_killed_at_any_file_operation_a_complete_checkpoint_remains(tmp_path, environment):
-    out = tmp_path / "out.json"
-    command = [sys.executable, str(DIST / "kill_worker.py"), str(out)]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    found = json.loads(out.read_text())
+def test_killed_at_any_file_operation_a_complete_checkpoint_remains(worker):
+    found = worker("kill_worker.py", ranks=1)
     assert found["statuses"][-1] == 0 and set(found["statuses"][:-1]) == {signal.SIGKILL}
     assert len(found["statuses"]) >= 8, "the save has at least this many file operations"
     assert set(found["survivors"]) == {1, 2} and found["survivors"] == sorted(found["survivors"])

@@ -1,29 +1,17 @@
 """DeepSpeed ZeRO through the engine, on 2 real ranks: equal losses, gradients and checkpoints at every stage."""
 
-import json
 import math
-import subprocess
-import sys
 from collections import defaultdict
 
 import pytest
 
 from pretrain import compose, engine
-from tests.conftest import ROOT, torchrun
-
-WORKER = str(ROOT / "tests" / "dist" / "engine_worker.py")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, environment):
+def results(worker):
     """{number of ranks: what engine_worker.py found}."""
-    found = {}
-    for ranks in (1, 2):
-        out = tmp_path_factory.mktemp(f"engine-{ranks}") / "out.json"
-        command = torchrun(2, WORKER, str(out)) if ranks == 2 else [sys.executable, WORKER, str(out)]
-        subprocess.run(command, env=environment, check=True, timeout=300)
-        found[ranks] = json.loads(out.read_text())
-    return found
+    return {ranks: worker("engine_worker.py", ranks=ranks) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -3,7 +3,6 @@
 import html
 import io
 import json
-import subprocess
 import sys
 import tarfile
 
@@ -18,12 +17,10 @@ from pretrain.data.tables import read_table
 from pretrain.model.heads import build_model
 from pretrain.page import brief, words
 from pretrain.predict import Predictor
-from tests.conftest import ROOT, torchrun
 from tests.journals import events, journal, rows_of
 from tests.models import write_weights
 from tests.task_data import write_examples
 
-WORKER = str(ROOT / "tests" / "dist" / "finetune_worker.py")
 SETTINGS = (
     "train.precision=fp32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.seq_len=64",
     "schedule=constant", "schedule.warmup_steps=0", "optim.lr=1e-3", "log=none", "deepspeed=zero2",
@@ -70,7 +67,7 @@ def examples(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(models, examples, environment, tmp_path_factory):
+def runs(models, examples, worker, tmp_path_factory):
     """Of each case: `CASE`, with dropout, in one go, `-resumed` in two; `-plain` on 2 ranks, `-alone` on 1. `over`
     ends when nothing gets better, and was started twice. steps.json: what a step changes.
     """
@@ -100,10 +97,8 @@ def runs(models, examples, environment, tmp_path_factory):
                          (1, {"runs": [], "unreported": one, "steps": steps})):  # fmt: skip
         request = root / f"runs-{ranks}.json"
         request.write_text(json.dumps(asked))
-        arguments = [WORKER, str(request), str(root / "steps.json")]
-        command = torchrun(2, *arguments) if ranks == 2 else [sys.executable, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        changes = worker("finetune_worker.py", request, ranks=ranks)
+    (root / "steps.json").write_text(json.dumps(changes))
     return root
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from pretrain.cli import run_tool
 from pretrain.data.chat import ChatFormat
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.generate import Sampling, Writer, generate_all, generate_batch, generate_texts
-from tests.conftest import ROOT, torchrun
 from tests.models import some_prompts, tiny_model
 from tools import generate as generate_tool
 
@@ -118,10 +116,8 @@ def test_a_rank_that_is_done_calls_the_model_as_often_as_the_others(plain_model)
         assert len(calls) == 12 and asked == [False] * own + [True] * (13 - own)
 
 
-def test_under_deepspeed_each_rank_has_its_own_rows_at_every_stage_between_steps(environment, tmp_path):
-    line = torchrun(2, str(ROOT / "tests" / "dist" / "generate_worker.py"), str(tmp_path / "out.json"))
-    subprocess.run(line, env=environment, check=True, timeout=120)
-    found = json.loads((tmp_path / "out.json").read_text())
+def test_under_deepspeed_each_rank_has_its_own_rows_at_every_stage_between_steps(worker):
+    found = worker("generate_worker.py")
     for stage in (0, 1, 3):
         (before, others, after), (before_1, none, after_1) = found[f"stage {stage}"]["ids"]
         model = tiny_model()

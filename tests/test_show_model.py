@@ -1,7 +1,6 @@
 """tools/show_model.py: sizes against the model built, FLOPs against torch's count, bytes against real engines."""
 
 import json
-import subprocess
 import time
 
 import pytest
@@ -12,7 +11,6 @@ from pretrain import compose
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
-from tests.conftest import ROOT, torchrun
 from tools import show_model
 
 SMALL = ["model.layers=3", "model.width=64", "model.heads=4", "model.vocab_size=211", "model.attention=plain"]
@@ -99,12 +97,9 @@ def test_mistakes_are_explained(tool):
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory, environment):
+def held(worker):
     """What engines on 2 ranks hold, by rank."""
-    out = tmp_path_factory.mktemp("memory") / "out.json"
-    command = torchrun(2, str(ROOT / "tests" / "dist" / "memory_worker.py"), str(out))
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    return json.loads(out.read_text())
+    return worker("memory_worker.py")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,10 +1,7 @@
 """Embeddings: the loss of a whole global batch in any split, vectors ranks and figures of held-out pairs."""
 
 import functools
-import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,10 +15,8 @@ from pretrain.tasks import contrast, embedding
 from pretrain.tasks.contrast import Pairs, gradients, log_normalisers, pair_losses
 from pretrain.tasks.embedding import Embedding, ranked
 from pretrain.tasks.validation import TaskValidation
-from tests.conftest import ROOT, torchrun
 from tests.task_helpers import config_of, make, table_of
 
-WORKER = str(ROOT / "tests" / "dist" / "contrast_worker.py")
 MODEL = ["model.causal=false", "model.head=embedding", "model.pooling=mean"]
 
 
@@ -36,15 +31,9 @@ def table(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, environment):
+def results(worker):
     """{number of ranks: what contrast_worker.py found}."""
-    found = {}
-    for ranks in (1, 2):
-        out = tmp_path_factory.mktemp(f"contrast-{ranks}") / "out.json"
-        command = torchrun(2, WORKER, str(out)) if ranks == 2 else [sys.executable, WORKER, str(out)]
-        subprocess.run(command, env=environment, check=True, timeout=120)
-        found[ranks] = json.loads(out.read_text())
-    return found
+    return {ranks: worker("contrast_worker.py", ranks=ranks) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,7 +1,6 @@
 """Responses to prompts and conversations: what is learnt to the token, packing without a trace, what is written."""
 
 import json
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from pretrain.data.objectives import IGNORE
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.generate import generate_batch, prompt_ids
 from pretrain.tasks.instruct import Instruct
-from tests.conftest import ROOT, torchrun
 from tests.models import some_prompts, tiny_model
 from tests.task_helpers import (
     batch_of,
@@ -265,11 +263,9 @@ def test_the_figures_of_each_kind_and_none(tokenizers, answering):
     assert task.best == "val_loss" and details == []
 
 
-def test_ranks_write_together_what_one_writes_alone(environment, tmp_path):
+def test_ranks_write_together_what_one_writes_alone(worker):
     """Five prompts, so that one rank has a row more; some end at once; one prompt for two ranks."""
-    line = torchrun(2, str(ROOT / "tests" / "dist" / "written_worker.py"), str(tmp_path / "out.json"))
-    subprocess.run(line, env=environment, check=True, timeout=120)
-    first, second = json.loads((tmp_path / "out.json").read_text())
+    first, second = worker("written_worker.py")
     assert first == second, "also in how often the model is called, as ZeRO-3 needs"
     model, prompts = tiny_model(), some_prompts()[:5]
     ended = generate_batch(model, prompts, 9, stop_ids=range(50))
