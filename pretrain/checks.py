@@ -30,6 +30,7 @@ CHOICES = {
     "deepspeed.stage": (0, 1, 2, 3),
     "task.name": TASKS,
     "task.class_weights": ("none", "balanced"),
+    "task.pooling": (None, "first", "last", "mean"),
     "task.figures": ("none", "translation", "summaries", "answers"),
     "tuning.method": ("full", "head", "last_layers", "lora"),
     "log.wandb": ("offline", "online", "disabled"),
@@ -139,6 +140,8 @@ def _check_tuning(config: Config) -> None:
         raise ValueError("tuning.best and tuning.early_stopping judge held-out examples: give data.val")
     if config.task.multi_label and config.task.class_weights != "none":
         raise ValueError("task.class_weights is for one label a text: leave it out with task.multi_label=true")
+    if config.task.pooling and config.task.name not in ("classification", "embedding"):
+        raise ValueError(f"task.pooling is for task=classification and embedding, not {config.task.name}")
     if config.task.figures != "none" and not config.task.generate_samples:
         raise ValueError(f"task.figures={config.task.figures} is of responses: give task.generate_samples")
     if config.data.packing == "window":
@@ -194,6 +197,7 @@ def _check_head(model: ModelConfig) -> None:
     if labelled != (model.labels > 0):
         raise ValueError(f"model.labels={model.labels}: model.head={model.head} has {'one or more' if labelled else 0}")
     if model.pooling != "first" and model.head not in ("sequence", "embedding"):
-        raise ValueError(f"model.pooling={model.pooling} is for model.head=sequence or embedding, not {model.head}")
+        raise ValueError(f"model.pooling={model.pooling} is for model.head=sequence or embedding, not {model.head} "
+                         "(task.pooling is for the head that a task gives it)")  # fmt: skip
     if model.pooling == "pooler" and model.head == "embedding":
         raise ValueError("model.pooling=pooler is for model.head=sequence: an embedding is first, last or mean")

@@ -108,13 +108,13 @@ def _checked(plain: dict[str, Any], origin: Origin) -> Config:
 
 
 def _with_its_model(cfg: Any, origin: Origin, read_model: ReadModel) -> Any:
-    """A run that starts from another one has the model of that one, with what the command line says about it.
+    """A run that starts from another one has its model, with what the command line and the experiment say about it.
 
     Other runs take the vocabulary of their tokenizer, not the one a preset was published with.
     """
+    said = _said(origin, "model")
     if not cfg.init:
-        said = _source("model.vocab_size", origin)
-        if not said.startswith(("the command line", "conf/experiment")):
+        if "vocab_size" not in said:
             cfg.model.vocab_size = 0
         return cfg
     if any(override.lstrip("+").startswith("model=") for override in origin.overrides):
@@ -123,11 +123,16 @@ def _with_its_model(cfg: Any, origin: Origin, read_model: ReadModel) -> Any:
     own = Path(cfg.run.root) / name / "config.yaml"  # a run that began before needs `init` no more
     before = read(own) if own.is_file() else None
     brought = asdict(before.model) if before and before.init == cfg.init else read_model(cfg.init)
-    for override in origin.overrides:
-        section, _, key = override.lstrip("+").partition("=")[0].partition(".")
-        if section == "model" and key in brought:
-            brought[key] = cfg.model[key]
+    brought |= {key: cfg.model[key] for key in said if key in brought}
     return OmegaConf.merge({**cfg, "model": None}, {"model": brought})
+
+
+def _said(origin: Origin, section: str) -> set[str]:
+    """The keys of a section that the command line or the experiment names, not the choice of a group."""
+    keys = {override.lstrip("+").partition("=")[0] for override in origin.overrides}
+    said = {key.partition(".")[2] for key in keys if key.startswith(f"{section}.")}
+    experiment = conf_folder() / "experiment" / f"{origin.choices.get('experiment')}.yaml"
+    return said | set((yaml.safe_load(experiment.read_text()) if experiment.is_file() else {}).get(section, {}))
 
 
 def read(path: Path) -> Config:

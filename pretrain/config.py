@@ -200,6 +200,7 @@ class TaskConfig:
     labels: Optional[list[str]]  # noqa: UP045
     multi_label: bool
     class_weights: str
+    pooling: Optional[str]  # noqa: UP045
     tokens: str
     tags: str
     question: str

@@ -91,6 +91,8 @@ def open_tokenizer(cfg: Config) -> Tokenizer:
 def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
     """The model with the head that the task needs and, for LoRA, its thin matrices."""
     model = base if task.head == base.head == "lm" else fitting_head(base, task.head, len(task.labels))
+    if cfg.task.pooling:
+        model = replace(model, pooling=cfg.task.pooling)
     if cfg.tuning.method == "lora":
         settings = cfg.tuning
         model = replace(

@@ -226,6 +226,8 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
                                    None, r"writes no responses"),
     "more layers than there are": ("classification", ["tuning=last_layers", "tuning.last_layers=9"], None, None,
                                    r"last_layers=9: the model has 2"),
+    "a pooling where none is": ("token_classification", ["task.pooling=mean"], None, None,
+                                r"task.pooling is for task=classification and embedding"),
     "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),
     "too long": ("classification", ["train.seq_len=128"], None, None, r"train.seq_len=128 .* model.max_positions=64"),
 }  # fmt: skip
@@ -255,6 +257,20 @@ def test_a_head_of_another_shape_begins_anew_and_is_listed(check, runs):
     assert again.new_parameters == (), "the head it has fits"
     other = check("classification", f"init={runs / 'classification'}", train=GOOD, val=GOOD)
     assert other.new_parameters == ("head.weight", "head.bias")
+
+
+def test_what_an_experiment_says_of_the_model_holds_for_init_too(check):
+    for more, expected in ([], (0.1, "sdpa")), (["experiment=sentiment"], (0.0, "plain")), (
+        ["experiment=sentiment", "model.dropout=0.3"], (0.3, "plain"),
+    ):  # fmt: skip
+        model = check("classification", *more).model
+        assert (model.dropout, model.attention) == expected
+
+
+def test_the_pooling_of_a_head_can_be_chosen(check):
+    for task, usual in (("classification", "pooler"), ("embedding", "mean")):
+        found = [check(task, *more).model.pooling for more in ([], ["task.pooling=last"])]
+        assert found == [usual, "last"]
 
 
 def test_balanced_weights_make_rare_labels_count_as_much(check):
