@@ -39,6 +39,7 @@ setup(
         "fsspec",
         "jinja2>=3.1.6",
         "matplotlib",
+        "pyyaml",
     ],
     extras_require={
         "http": ["aiohttp"],  # shards on http(s)://
@@ -50,6 +51,6 @@ setup(
         # figures of translations and summaries, tools/search.py
         "tasks": ["sacrebleu>=2.4", "rouge-score", "faiss-cpu"],
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # tools/evaluate.py --tasks
-        "dev": ["pytest", "pytest-xdist", "ruff", "moto[s3]", "flask", "flask-cors"],
+        "dev": ["pytest", "pytest-xdist", "scikit-learn", "ruff", "moto[s3]", "flask", "flask-cors"],
     },
 )

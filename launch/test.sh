@@ -2,7 +2,7 @@
 # Set up and run the tests: without arguments all but the slow ones, in two processes. Arguments go to pytest.
 #
 #   launch/test.sh                       # ~25 minutes on 2 cores
-#   launch/test.sh -m '' tests/dist      # everything in one place, the slow ones too
+#   launch/test.sh -m '' tests/test_readme.py    # one file, its slow ones too
 #   launch/test.sh -k order -x
 #
 # The tests of the Slurm launcher need Slurm and root (apt-get install slurm-wlm munge slurmctld slurmd); without, they skip.
@@ -14,5 +14,5 @@ where=(tests)
 for argument; do
     [[ ! -e ${argument%%::*} ]] || where=()
 done
-(($#)) || set -- --numprocesses 2 --dist loadfile
+(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

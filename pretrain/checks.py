@@ -9,7 +9,20 @@ from typing import Any
 
 from pretrain.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten, phases
 
-TASKS = ("classification", "token_classification", "extractive_qa", "instruct", "language_model", "embedding")
+READS = {  # what a task, or a method, reads of those settings that not all of them read
+    "task": {
+        "classification": {"text", "text_pair", "label", "labels", "multi_label", "class_weights", "pooling"},
+        "token_classification": {"tokens", "tags", "labels"},
+        "extractive_qa": {"question", "context", "answers", "unanswerable", "stride", "max_answer_tokens"},
+        "instruct": {"prompt", "response", "messages", "template", "figures", "generate_samples", "max_new_tokens"},
+        "language_model": {"text"},
+        "embedding": {"query", "document", "score", "temperature", "pooling"},
+    },
+    "tuning": {
+        "full": set(), "head": set(), "last_layers": {"last_layers"}, "lora": {"lora_rank", "lora_alpha", "lora_on"},
+    },
+}  # fmt: skip
+TASKS = tuple(READS["task"])
 CHOICES = {
     "resume": ("auto", "never"),
     "train.precision": ("auto", "bf16", "fp32"),
@@ -32,7 +45,7 @@ CHOICES = {
     "task.class_weights": ("none", "balanced"),
     "task.pooling": (None, "first", "last", "mean"),
     "task.figures": ("none", "translation", "summaries", "answers"),
-    "tuning.method": ("full", "head", "last_layers", "lora"),
+    "tuning.method": tuple(READS["tuning"]),
     "log.wandb": ("offline", "online", "disabled"),
     "guard.on_nonfinite": ("stop", "ignore"),
 }
@@ -136,18 +149,27 @@ def _check_tuning(config: Config) -> None:
         raise ValueError("train.phases and data.weights are for shards of tokens (pretrain.train), not for examples")
     if config.tuning.method == "last_layers" and config.tuning.last_layers > config.model.layers:
         raise ValueError(f"tuning.last_layers={config.tuning.last_layers}: the model has {config.model.layers} layers")
+    if not config.init and config.tuning.method != "full":
+        raise ValueError(f"tuning={config.tuning.method} keeps the weights that it starts from, and a model that "
+                         "begins anew has none: give init=..., or tuning=full")  # fmt: skip
     if not config.data.val and (config.tuning.best or config.tuning.early_stopping):
         raise ValueError("tuning.best and tuning.early_stopping judge held-out examples: give data.val")
     if config.task.multi_label and config.task.class_weights != "none":
         raise ValueError("task.class_weights is for one label a text: leave it out with task.multi_label=true")
-    if config.task.pooling and config.task.name not in ("classification", "embedding"):
-        raise ValueError(f"task.pooling is for task=classification and embedding, not {config.task.name}")
     if config.task.figures != "none" and not config.task.generate_samples:
         raise ValueError(f"task.figures={config.task.figures} is of responses: give task.generate_samples")
     if config.data.packing == "window":
         raise ValueError("data.packing=window is for shards of tokens: take best_fit or none")
     if config.model.lora_rank:
         raise ValueError("model.lora_rank is set by tuning=lora tuning.lora_rank=N")
+
+
+def check_said(config: Config, section: str, said: set[str]) -> None:
+    """Of a fine-tuning run the keys of `task` or `tuning` that the user gave: what is chosen there must read them."""
+    chosen = config.task.name if section == "task" else config.tuning.method
+    for key in sorted(said - READS[section][chosen]):
+        if readers := [name for name, keys in READS[section].items() if key in keys]:
+            raise ValueError(f"{section}.{key} is for {section}={' or '.join(readers)}, not {chosen}: drop it")
 
 
 def _check_phases(train: TrainConfig) -> None:

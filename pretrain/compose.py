@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,8 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pretrain.checks import check
-from pretrain.config import ADDED_TO_MODELS, Config
+from pretrain.checks import check, check_said
+from pretrain.config import ADDED_TO_MODELS, ADDED_TO_TASKS, Config
 
 ReadModel = Callable[[str], dict[str, Any]]
 
@@ -33,6 +33,7 @@ class Origin:
     config_name: str = "pretrain"
     overrides: tuple[str, ...] = ()
     choices: dict[str, str] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()  # where Hydra looks for the groups
 
 
 def conf_folder() -> Path:
@@ -64,7 +65,7 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     cfg, hydra_config = composed[0]
     if len(composed) > 1 or hydra_config.mode.name != "RUN":
         raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-    origin = Origin(config_name, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
+    origin = _origin(config_name, hydra_config.overrides.task, hydra_config)
     return from_hydra(_with_its_model(cfg, origin, read_model), origin)
 
 
@@ -75,10 +76,16 @@ def compose(config_name: str, overrides: list[str]) -> Config:
             cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
     except HydraException as error:
         raise ValueError(_explain(error, Origin(config_name, tuple(overrides)))) from error
-    choices = dict(cfg.hydra.runtime.choices)
+    origin = _origin(config_name, overrides, cfg.hydra)
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    return from_hydra(cfg, Origin(config_name, tuple(overrides), choices))
+    return from_hydra(cfg, origin)
+
+
+def _origin(config_name: str, overrides: Iterable[str], hydra_config: Any) -> Origin:
+    runtime = hydra_config.runtime
+    folders = tuple(Path(source.path) for source in runtime.config_sources if source.schema == "file")
+    return Origin(config_name, tuple(overrides), dict(runtime.choices), folders)
 
 
 def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (frozen)
@@ -88,9 +95,13 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
     file) is refused like any other.
     """
     try:
-        return _checked(OmegaConf.to_container(cfg, resolve=True), origin)
+        config = _checked(OmegaConf.to_container(cfg, resolve=True), origin)
     except OmegaConfBaseException as error:
         raise ValueError(_explain_key(error, origin)) from error
+    if config.task is not None:
+        for section in ("task", "tuning"):
+            check_said(config, section, _said(origin, section))
+    return config
 
 
 def _checked(plain: dict[str, Any], origin: Origin) -> Config:
@@ -131,8 +142,14 @@ def _said(origin: Origin, section: str) -> set[str]:
     """The keys of a section that the command line or the experiment names, not the choice of a group."""
     keys = {override.lstrip("+").partition("=")[0] for override in origin.overrides}
     said = {key.partition(".")[2] for key in keys if key.startswith(f"{section}.")}
-    experiment = conf_folder() / "experiment" / f"{origin.choices.get('experiment')}.yaml"
-    return said | set((yaml.safe_load(experiment.read_text()) if experiment.is_file() else {}).get(section, {}))
+    names = [origin.choices.get("experiment")]
+    while names:  # an experiment may build on others, which it names first
+        name = str(names.pop()).rpartition("/")[2]
+        files = (folder / "experiment" / f"{name}.yaml" for folder in origin.folders)
+        content = next((yaml.safe_load(file.read_text()) for file in files if file.is_file()), None) or {}
+        said |= set(content.get(section) or {})
+        names += [entry for entry in content.get("defaults") or [] if isinstance(entry, str) and entry != "_self_"]
+    return said
 
 
 def read(path: Path) -> Config:
@@ -143,6 +160,8 @@ def read(path: Path) -> Config:
     try:
         saved["model"] = ADDED_TO_MODELS | saved["model"]
         saved["train"] = {"epochs": 0.0} | saved["train"]
+        if saved.get("task"):
+            saved["task"] = ADDED_TO_TASKS | saved["task"]
     except (KeyError, TypeError):
         raise ValueError(f"{path} is not the config of a run") from None
     return _checked(saved, Origin())
@@ -172,6 +191,8 @@ def _explain(error: HydraException, origin: Origin) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _explain_key(cause, origin)
     text = str(error).partition("Config search path:")[0].strip()
+    if any(override.startswith("task.template=") for override in origin.overrides) and "mismatched input" in text:
+        return "task.template holds braces: quote it once more for Hydra, as \"task.template='Translate: {text}'\""
     return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
 
 

@@ -258,8 +258,9 @@ class Config:
     tuning: Optional[TuningConfig] = None  # noqa: UP045
 
 
-# Keys that models of earlier versions lack, with what those models are.
+# Keys that models and tasks of earlier versions lack, with what those are.
 ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
+ADDED_TO_TASKS = {"pooling": None}
 
 
 # A change of these makes another run; of anything else, the same run under other conditions.
@@ -318,11 +319,15 @@ def at_step(train: TrainConfig, step: int) -> TrainConfig:
     )
 
 
-def with_steps(train: TrainConfig, epoch_samples: int) -> TrainConfig:
-    """The settings with the steps that `epochs` passes over `epoch_samples` samples take, where `steps` is open."""
-    if train.steps:
-        return train
-    return replace(train, steps=max(1, math.ceil(train.epochs * epoch_samples / train.global_batch_size)))
+def with_steps(config: Config, epoch_samples: int) -> Config:
+    """Where `steps` is open: with those that `epochs` passes over the data take, and a warm-up of at most a tenth."""
+    if config.train.steps:
+        return config
+    steps = max(1, math.ceil(config.train.epochs * epoch_samples / config.train.global_batch_size))
+    warmup = min(config.schedule.warmup_steps, steps // 10)
+    return replace(
+        config, train=replace(config.train, steps=steps), schedule=replace(config.schedule, warmup_steps=warmup)
+    )
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:

@@ -221,7 +221,7 @@ def staged(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` that becomes it at the end. Whatever else happens, nothing is left."""
     output = output.absolute()
     if output.exists() or output.is_symlink():
-        raise ValueError(f"{output} exists already: delete it, or choose another --output")
+        raise ValueError(f"{output} exists already: delete it, or choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.partial")
     staging.mkdir(exist_ok=True)

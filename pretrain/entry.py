@@ -132,6 +132,8 @@ def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
     data_file = folder / "data.json"
     before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
     changed = [key for key, value in identity.items() if before.get(key) != value]
+    if "val" in changed:
+        unsafe += [setting for setting in safe if setting.startswith(("data.val", "train.eval_samples"))]
     unsafe += [f"data ({key}): {str(before.get(key))[:12]} -> {identity[key][:12]}" for key in changed]
     if unsafe:
         changes = "; ".join(unsafe)

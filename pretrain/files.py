@@ -31,6 +31,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def check_output(path: Path | None) -> None:
+    """Refuse a file that could not be written at the end, before the work on it begins."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A file's JSON object; an empty one where there is none."""
     try:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import checkpoint, config, convert, dist, engine, entry, tuning
+from pretrain import checkpoint, compose, config, convert, dist, engine, entry, tuning
 from pretrain.config import Config, ModelConfig
 from pretrain.data.tables import read_table
 from pretrain.data.tasks import ExampleStream
@@ -36,12 +36,16 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     tokenizer = open_tokenizer(cfg)
     base = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
     table = read_table(cfg.data.sources, "data.train")
-    task = make_task(cfg.task, tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
+    others = (tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
+    task = make_task(cfg.task, *others)
+    if cfg.task.labels is None and task.labels and set(task.labels) <= set(known := known_labels(cfg)):
+        task = make_task(replace(cfg.task, labels=known), *others)  # the head stays, also for labels that are not here
     cfg = replace(cfg, task=task.config)
     examples = encode_and_tell(task, table, ranks.is_main)
     task.weigh(examples)
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
-    cfg = replace(cfg, train=config.with_steps(cfg.train, len(examples)))
+    files = {TASK: (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()}
+    cfg = config.with_steps(cfg, len(examples))
     model = tuned_model(cfg, task, base)
     if model.head != "lm" and (cfg.objective.name != "causal_lm" or cfg.objective.z_loss):
         raise ValueError(f"objective is for language models: leave it as it is with task={cfg.task.name}")
@@ -56,8 +60,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
         find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,
-        files={TASK: (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()},
-        trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
+        files=files, trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
         best_metric=best_metric(cfg, task, validation) if validation else None,
     )  # fmt: skip
 
@@ -86,6 +89,15 @@ def open_tokenizer(cfg: Config) -> Tokenizer:
         raise ValueError(f"init={cfg.init} brings its own tokenizer: leave data.tokenizer out")
     goes_on = (cfg.run.folder / "config.yaml").is_file() and not Path(cfg.init).exists()
     return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
+
+
+def known_labels(cfg: Config) -> list[str]:
+    """The labels, in their order, of the run that goes on, or of the model that is tuned on."""
+    own = cfg.run.folder / "config.yaml"
+    if own.is_file():
+        before = compose.read(own).task
+        return (before and before.labels) or []
+    return convert.task_of(Path(cfg.init)).get("labels", []) if cfg.init else []
 
 
 def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:

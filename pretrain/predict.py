@@ -1,6 +1,7 @@
 """A model that was tuned for a task, applied to a table of new examples."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pretrain.tasks import make_task
 from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation, predict
 
-THE_MODELS_OWN = ("name", "labels")  # settings of a task that belong to what the weights were tuned for
+THE_MODELS_OWN = ("name", "labels", "multi_label", "pooling")  # settings that belong to what the weights were tuned for
 
 
 class Predictor:
@@ -55,7 +56,7 @@ class Predictor:
 
 def settings(run: Path, overrides: Sequence[str]) -> Config:
     """The configuration that a run was tuned with; of another model the default one, for the task, the labels and the
-    length that it brings. `overrides` change the settings of its task.
+    length that it brings. `overrides` change the settings of its task; what it writes is judged on all rows.
     """
     described, folder = convert.task_of(run), checkpoint.run_of(run)
     if not described:
@@ -73,4 +74,4 @@ def settings(run: Path, overrides: Sequence[str]) -> Config:
     else:
         task = replace(config.task, labels=described["labels"], multi_label=described["multi_label"])
         config = replace(config, train=replace(config.train, seq_len=convert.open_model(run).config.max_positions))
-    return replace(config, task=replace(task, **given))
+    return replace(config, task=replace(task, **{"generate_samples": sys.maxsize} | given))

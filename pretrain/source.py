@@ -143,8 +143,10 @@ def read_pooling(folder: Path) -> str | None:
 
 
 def task_of_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What a config.json says that its model was tuned for, as a run's task.json has it."""
-    if config.head not in TASK_OF_HEAD:
+    """What a config.json says that its model was tuned for, as a run's task.json has it. A sequence's one output is a
+    number (regression, ranking), which is no task here.
+    """
+    if config.head not in TASK_OF_HEAD or (config.head == "sequence" and config.labels == 1):
         return {}
     labels = label_names(hf) if config.head in LABELLED else []
     multi_label = config.head == "sequence" and hf.get("problem_type") == "multi_label_classification"

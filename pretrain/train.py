@@ -29,7 +29,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     sources = opening.open_sources(cfg.data)
     tokenizer = opening.open_tokenizer(cfg.data, sources)
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, sources, ranks.rank, ranks.world_size)
-    cfg = replace(cfg, train=config.with_steps(cfg.train, stream.epoch_samples))
+    cfg = config.with_steps(cfg, stream.epoch_samples)
     needed = tokenizer.vocab_size
     if 0 < cfg.model.vocab_size < needed:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")

@@ -58,6 +58,11 @@ class Index:
         ]
 
 
+def check() -> None:
+    """Refuse what needs faiss where it is missing, before the work on it begins."""
+    _faiss()
+
+
 def _faiss() -> Any:
     try:
         import faiss

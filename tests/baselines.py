@@ -11,7 +11,7 @@ import numpy as np
 
 def rows(path: Path) -> list[dict]:
     """The lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def tf_idf(train: list[dict], val: list[dict], test: list[dict], **features) -> float:

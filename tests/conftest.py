@@ -22,6 +22,8 @@ TINY = [
     "log.sample_tokens=4", "train.eval_samples=13",
 ]  # fmt: skip
 LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
+# Files that take minutes, the longest first.
+LONG = ["train", "readme", "finetune", "engine", "train_data", "faults", "launch", "evaluate_tool", "slurm", "convert"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; run by `launch/test.sh -m slow`")
     config.addinivalue_line("markers", "slurm: needs Slurm's daemons (apt: slurm-wlm munge slurmctld slurmd)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """LONG files first, so that processes that share the files end at about the same time."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Every shipped config composes, and every mistake in one is refused with its key, its origin and a remedy."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -25,6 +25,7 @@ def test_every_shipped_choice_composes(choice):
         is_tuned = "override /task" in (CONF / group / f"{name}.yaml").read_text()
     needed = ["task=classification"] if is_tuned and group not in ("task", "experiment") else []
     needed += ["train.seq_len=512"] if group == "model" else []
+    needed += ["init=runs/y"] if is_tuned else []
     cfg = compose.compose("finetune" if is_tuned else "pretrain", ["run.name=x", *needed, choice])
     if group in ("schedule", "optim", "objective", "task"):
         assert getattr(cfg, group).name == name
@@ -136,14 +137,64 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path):
     del saved["task"], saved["tuning"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert compose.read(tmp_path / "config.yaml") == now
+    tuned = compose.compose("finetune", ["run.name=x"])
+    saved = yaml.safe_load(config.to_yaml(tuned))
+    for key in config.ADDED_TO_TASKS:
+        del saved["task"][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert compose.read(tmp_path / "config.yaml") == tuned
 
 
 @pytest.mark.parametrize("steps, epochs, expected", [(0, 1, 13), (0, 0.5, 7), (0, 2, 25), (0, 0.001, 1), (9, 2, 9)])
 def test_epochs_are_as_many_steps_as_they_take(steps, epochs, expected):
     """Of 100 samples in batches of 8; steps, where they are given, stand."""
-    train = compose.compose("pretrain", ["run.name=x"]).train
-    settled = config.with_steps(replace(train, steps=steps, epochs=epochs, global_batch_size=8), 100)
-    assert settled == replace(train, steps=expected, epochs=epochs, global_batch_size=8)
+    given = compose.compose("pretrain", ["run.name=x", "schedule.warmup_steps=2"])
+    given = replace(given, train=replace(given.train, steps=steps, epochs=epochs, global_batch_size=8))
+    settled = config.with_steps(given, 100)
+    assert settled.train == replace(given.train, steps=expected)
+    assert settled.schedule.warmup_steps == (2 if steps else min(2, expected // 10))
+
+
+@pytest.mark.parametrize("section", checks.READS)
+def test_what_a_choice_reads_is_what_the_comment_of_the_key_says(section):
+    said = {}
+    for line in (CONF / section / "_base.yaml").read_text().splitlines():
+        key, _, comment = line.partition(":")
+        readers = comment.partition("#")[2].partition(":")[0].strip()
+        known = [name for name in readers.split(", ") if name in checks.READS[section]]
+        if known:
+            said[key] = set(known)
+    last_said = {"context": "question", "answers": "question"}  # one comment for the three
+    said |= {key: said[other] for key, other in last_said.items() if other in said}
+    for name, keys in checks.READS[section].items():
+        assert keys == {key for key, readers in said.items() if name in readers}, name
+
+
+def test_an_experiment_says_what_those_it_builds_on_say_too(tmp_path, monkeypatch):
+    """Also one of the user's own folder; an empty one says nothing."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [sentiment, _self_]\nmodel: {norm_eps: 0.5}\n"
+    )
+    (tmp_path / "experiment" / "empty.yaml").write_text("# @package _global_\n")
+    theirs = asdict(compose.compose("pretrain", ["run.name=x", "model=bert_base", "train.seq_len=512"]).model) | {
+        "dropout": 0.4
+    }
+    for name, expected in (("mine", (0.0, "plain", 0.5)), ("empty", (0.4, "sdpa", 1e-12))):
+        line = [f"hydra.searchpath=[file://{tmp_path}]", "run.name=x", "init=runs/y", f"experiment={name}"]
+        monkeypatch.setattr("sys.argv", ["finetune", *line])
+        model = compose.from_command_line("finetune", lambda init: dict(theirs)).model
+        assert (model.dropout, model.attention, model.norm_eps) == expected
+
+
+def test_a_template_comes_from_a_shell(monkeypatch):
+    for quoted, said in (("task.template='Translate: {en}'", None), ("task.template=Translate: {en}", "quote it once")):
+        monkeypatch.setattr("sys.argv", ["finetune", "task=instruct", "run.name=x", quoted])
+        if said:
+            with pytest.raises(ValueError, match=said):
+                compose.from_command_line("finetune", dict)
+        else:
+            assert compose.from_command_line("finetune", dict).task.template == "Translate: {en}"
 
 
 def test_every_task_is_known_wherever_tasks_are_listed():

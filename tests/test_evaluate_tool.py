@@ -6,12 +6,14 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from pretrain import checkpoint, compose, harness
 from pretrain.config import to_yaml
 from pretrain.data import manifest as manifests
+from pretrain.data import opening
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.report import write_report
 from pretrain.suite import run_suite
@@ -164,6 +166,26 @@ def test_without_a_network_or_the_harness_it_is_said_what_to_do(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pretrain\[eval\]"):
         evaluate.main(["runs/none", "--tasks", "hellaswag"])
+
+
+def test_a_suite_that_is_done_is_kept_when_the_harness_fails(undisturbed, capsys):
+    (undisturbed / "evaluation.json").unlink(missing_ok=True)
+    line = [str(undisturbed), "--suite", "--limit", "8", "--precision", "fp32", "--tasks", "no_such_task"]
+    with pytest.raises(ValueError, match="no_such_task"):
+        evaluate.main(line)
+    assert "copying" in capsys.readouterr().out
+    assert json.loads((undisturbed / "evaluation.json").read_text())["suite"]["step"] == 24
+
+
+def test_the_unigram_model_counts_all_tokens_or_a_share_of_them(undisturbed, monkeypatch):
+    cfg, tokenizer = compose.read(undisturbed / "config.yaml"), load_tokenizer(undisturbed)
+    stream = opening.open_held_out(cfg.data.sources[0], cfg.data, 32, tokenizer, "train")
+    every = evaluate.token_counts([stream, stream], 32, tokenizer.vocab_size)
+    assert every.sum() == 2 * 32 * stream.epoch_samples
+    assert (every == 2 * np.bincount(np.concatenate(list(evaluate.parts(stream))), minlength=len(every))).all()
+    monkeypatch.setattr(evaluate, "COUNTED", 32 * stream.epoch_samples // 3)
+    some = evaluate.token_counts([stream, stream], 32, tokenizer.vocab_size)
+    assert some.sum() == pytest.approx(every.sum() / 7, rel=0.02) and (some <= every).all()
 
 
 def test_other_suites_and_other_tasks_are_kept(tmp_path):

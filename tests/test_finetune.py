@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import shutil
 import sys
 import tarfile
 
@@ -24,7 +25,7 @@ from tests.task_data import write_examples
 SETTINGS = (
     "train.precision=fp32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.seq_len=64",
     "schedule=constant", "schedule.warmup_steps=0", "optim.lr=1e-3", "log=none", "deepspeed=zero2",
-    "train.eval_every=4", "task.stride=16", "task.drop_bad=true",
+    "train.eval_every=4", "task.drop_bad=true",
 )  # fmt: skip
 CASES = {  # name, which is the task's but for LoRA: (the model it starts from, what transformers calls its export)
     "classification": ("bert", "BertForSequenceClassification"),
@@ -36,7 +37,7 @@ CASES = {  # name, which is the task's but for LoRA: (the model it starts from, 
     "lora": ("llama", "LlamaForTokenClassification"),
 }
 MORE = {"instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4"),
-        "lora": ("tuning=lora", "tuning.lora_rank=2")}  # fmt: skip
+        "extractive_qa": ("task.stride=16",), "lora": ("tuning=lora", "tuning.lora_rank=2")}  # fmt: skip
 STEPS = {  # name: overrides of a run of which one step is taken
     "full": ("tuning.layer_lr_decay=0.5",),
     "head": ("tuning=head",),
@@ -195,8 +196,8 @@ def check(models, examples, tmp_path, monkeypatch):
                 files[split] = tmp_path / f"{split}.jsonl"
                 files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
         line = [f"task={task}", f"init={models / CASES[task][0]}", "run.name=x", f"run.root={tmp_path}", *SETTINGS[:-1],
-                *(f"data.{split}={file}" for split, file in files.items()), *overrides]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["finetune", *line])
+                *MORE.get(task, ()), *(f"data.{split}={file}" for split, file in files.items())]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["finetune", *line, *overrides])
         return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), dist.ALONE)
 
     return run
@@ -227,7 +228,13 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
     "more layers than there are": ("classification", ["tuning=last_layers", "tuning.last_layers=9"], None, None,
                                    r"last_layers=9: the model has 2"),
     "a pooling where none is": ("token_classification", ["task.pooling=mean"], None, None,
-                                r"task.pooling is for task=classification and embedding"),
+                                r"task.pooling is for task=classification or embedding, not token_classification"),
+    "weights that no one asks for": ("token_classification", ["task.class_weights=balanced"], None, None,
+                                     r"task.class_weights is for task=classification, not token_classification"),
+    "a rank without LoRA": ("classification", ["tuning.lora_rank=64"], None, None,
+                            r"tuning.lora_rank is for tuning=lora, not full"),
+    "nothing to keep": ("classification", ["init=null", "data.tokenizer=TOKENIZER", "model=modernbert_10m",
+                                           "tuning=lora"], None, None, r"tuning=lora keeps .* init="),
     "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),
     "too long": ("classification", ["train.seq_len=128"], None, None, r"train.seq_len=128 .* model.max_positions=64"),
 }  # fmt: skip
@@ -257,6 +264,26 @@ def test_a_head_of_another_shape_begins_anew_and_is_listed(check, runs):
     assert again.new_parameters == (), "the head it has fits"
     other = check("classification", f"init={runs / 'classification'}", train=GOOD, val=GOOD)
     assert other.new_parameters == ("head.weight", "head.bias")
+
+
+def test_a_head_is_kept_for_fewer_labels_or_in_another_order(check, runs, models, tmp_path):
+    labels = json.loads((runs / "classification" / "task.json").read_text())["labels"]
+    few = [{"text": str(number), "label": label} for number, label in enumerate(labels[::2])]
+    plan = check("classification", f"init={runs / 'classification'}", train=few, val=few)
+    assert plan.config.task.labels == labels and plan.new_parameters == () and len(labels) > len(few)
+    turned = tmp_path / "turned"
+    shutil.copytree(runs / "classification", turned)
+    described = json.loads((turned / "task.json").read_text())
+    (turned / "task.json").write_text(json.dumps(described | {"labels": labels[::-1]}))
+    plan = check("classification", f"init={turned}")
+    assert plan.config.task.labels == labels[::-1] and plan.new_parameters == ()
+
+
+def test_what_changed_of_the_held_out_examples_is_named(check, runs, tmp_path):
+    shutil.copytree(runs / "classification", tmp_path / "x")
+    line = ("train.steps=8", "train.save_every=4", "model.dropout=0.1", "task.drop_bad=true", "train.eval_samples=3")
+    with pytest.raises(ValueError, match=r"another config .train.eval_samples: 0 -> 3; data .val.: "):
+        check("classification", *line)
 
 
 def test_what_an_experiment_says_of_the_model_holds_for_init_too(check):

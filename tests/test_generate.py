@@ -227,10 +227,10 @@ def test_the_tool_writes_the_prompt_and_the_same_text_for_the_same_seed(tool, un
 
 
 def test_the_tool_continues_a_file_of_prompts_as_it_does_each_alone(undisturbed, tmp_path, capsys):
-    prompts = ["import ", "class A:", "é 漢🙂", "def f(x, y):"]
+    prompts = ["import ", "class A:", "é 漢🙂", "def f(x,\x0cy):"]
     settings = ("--max-tokens", 12, "--seed", 3, "--top-k", 50, "--stop", "e", "--stop", "(")
     single = ran(capsys, undisturbed, *settings, *(part for prompt in prompts for part in ("--prompt", prompt)))
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"q": prompt}) + "\n" for prompt in prompts))
     shown = ran(capsys, undisturbed, *settings, "--input", tmp_path / "prompts.txt", "--batch-size", 3)
     output = tmp_path / "out.jsonl"
@@ -268,6 +268,10 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(undisturbed, loaded
     generate_tool.main([str(undisturbed), "--chat", "--max-tokens", "9"])
     printed = capsys.readouterr()
     assert printed.err.count("the oldest question and its answer are forgotten") == 3 and printed.out
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 4 * words}\nimport what?\n"))
+    generate_tool.main([str(undisturbed), "--chat", "--max-tokens", "9"])
+    printed = capsys.readouterr()
+    assert "positions" in printed.err and printed.out, "what is too long by itself ends no conversation"
 
 
 def test_the_tool_takes_a_hugging_face_folder(tmp_path, capsys, loaded):
@@ -299,6 +303,7 @@ def test_the_tool_takes_a_hugging_face_folder(tmp_path, capsys, loaded):
         (["--max-tokens", "0"], "max-tokens"),
         (["--prompt", "word " * 2000], "positions"),
         (["--input", "none.txt"], "none.txt"),
+        (["--input", "none.txt", "--output", "gone/out.jsonl"], "there is no folder gone"),
         (["--chat", "--prompt", " "], "content is empty"),
     ],
 )

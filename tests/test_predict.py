@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain import compose, config, convert
+from pretrain import compose, config, convert, source
 from pretrain.data.tables import read_table
 from pretrain.model.hf import fitting_head
-from pretrain.predict import Predictor
+from pretrain.predict import Predictor, settings
 from tests.models import write_weights
 from tests.task_helpers import word_pieces
 from tools import predict
@@ -107,11 +107,34 @@ def test_settings_of_a_run_hold_unless_others_are_given(runs, rows, tmp_path):
         ("task.txt=words", "unknown key task.txt"),
         ("task.labels=[x,y]", "task.labels=.x,y.: only settings of how its task is put"),
         ("task.name=embedding", "task.name=embedding: only settings"),
+        ("task.multi_label=true", "task.multi_label=true: only settings"),
+        ("task.pooling=first", "task.pooling=first: only settings"),
         ("train.seq_len=4", "train.seq_len=4: only settings"),
         ("task=embedding", "task=embedding: only settings"),
     ):
         with pytest.raises(ValueError, match=message):
             told(runs / "classification", rows, wrong)
+
+
+def test_what_is_written_is_judged_on_all_rows_unless_some_are_asked_for(runs):
+    run = runs / "classification"
+    assert settings(run, []).task.generate_samples > 10**9
+    written = compose.compose("finetune", ["task=instruct", "run.name=x", "data.train=x"])
+    (runs / "writes").mkdir()
+    (runs / "writes" / "config.yaml").write_text(config.to_yaml(written))
+    (runs / "writes" / "task.json").write_text('{"name": "instruct", "labels": [], "multi_label": false}')
+    write_weights(runs / "writes", compose.compose("pretrain", ["run.name=x", "model=llama_tiny"]).model)
+    for overrides, rows in ([], True), (["task.generate_samples=7"], False):
+        assert (settings(runs / "writes", overrides).task.generate_samples != 7) == rows
+
+
+def test_a_model_with_one_output_is_for_no_task(tmp_path):
+    """A regression, or a ranker, as many cross-encoders are: not one label that is always right."""
+    hf = {"id2label": {"0": "LABEL_0"}, "problem_type": "regression"}
+    model = compose.compose("pretrain", ["run.name=x", "model=bert_base", "train.seq_len=512"]).model
+    assert source.task_of_config(hf, replace(model, head="sequence", labels=1)) == {}
+    hf["id2label"]["1"] = "LABEL_1"
+    assert source.task_of_config(hf, replace(model, head="sequence", labels=2))["name"] == "classification"
 
 
 def test_a_model_for_no_task_is_refused(runs, rows):

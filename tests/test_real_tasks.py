@@ -42,7 +42,7 @@ def run(clone, environment):
         env = {**environment, "PYTHON": sys.executable, "PYTHONPATH": str(clone)}
         for line in lines:
             command = ["bash", "-c", line]
-            done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=3600)
+            done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=7200)
             assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return clone
 

@@ -1,17 +1,21 @@
 """tools/repeat_seeds.py through real runs: two seeds, judged on examples that no run has seen."""
 
 import json
+import signal
 import statistics
+import subprocess
 import sys
+import time
 
 import pytest
 
 from pretrain import compose
 from pretrain.data.tables import read_table
 from pretrain.predict import Predictor
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.journals import events
 from tests.task_data import functions
+from tools import repeat_seeds
 
 BAD = {"text": None, "label": "json"}
 
@@ -24,6 +28,38 @@ def files(tmp_path_factory):
     for name, part in {"train": [*rows[:16], BAD], "val": rows[16:24], "test": [BAD, *rows[24:33]]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return root
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
+    """The command takes a second to save; only then does the tool end, and starts no other seed."""
+    script = (
+        "import pathlib, signal, sys, time; root = pathlib.Path(sys.argv[1]); (root / 'started').touch()\n"
+        "def save(*_): time.sleep(1); (root / 'saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    )
+    line = [sys.executable, str(ROOT / "tools" / "repeat_seeds.py"), "--", sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen([*line, "run.name=x"], env=environment, text=True, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        (tmp_path / "started").unlink()
+        process.send_signal(sent)
+        assert process.wait(30) == 130 and "interrupted" in process.stderr.read()
+    assert (tmp_path / "saved").exists() and not (tmp_path / "started").exists()
+
+
+def test_a_run_that_was_stopped_is_not_judged(tmp_path):
+    run = tmp_path / "x-seed0"
+    run.mkdir()
+    rows = [{"kind": "start"}, {"kind": "stopped", "reason": "SIGTERM"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--seeds", "0", "--", "true", f"run.root={tmp_path}", "run.name=x"]
+    with pytest.raises(ValueError, match="x-seed0 was stopped by SIGTERM before its end"):
+        repeat_seeds.main(line)
+    rows += [{"kind": "resume"}, {"kind": "stopped", "reason": "no better val_loss in 2 evaluations"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    repeat_seeds.main(line)
 
 
 def test_each_seed_is_a_run_and_the_figures_are_of_all(files, shards, tool, tmp_path):

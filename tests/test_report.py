@@ -235,6 +235,12 @@ def test_a_fine_tuned_run(tmp_path):
     assert "all is well" not in text and "text gold prediction score" in text and "… b <a> 0.75" in text
 
 
+def test_the_headline_of_a_run_that_went_wrong(tmp_path):
+    row = {"step": 1, "tokens": 8, "loss": None, "tokens_per_second": 2.0, "mfu": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert "step 1, 8 tokens, loss not finite" in headline(tmp_path)
+
+
 def test_the_headline_of_a_fine_tuned_run(tmp_path):
     tuned_run(tmp_path)
     assert headline(tmp_path).splitlines()[-1] == "  best macro F1 0.7, at step 20"

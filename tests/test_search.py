@@ -112,6 +112,8 @@ def test_an_index_of_other_weights_is_refused(runs, tmp_path):
         search.main([str(runs / "other"), "--index", index, "--query", "x"])
     with pytest.raises(ValueError, match="exists already"):
         search.main([str(runs / "other"), *texts, "--index", index])
+    with pytest.raises(ValueError, match="there is no folder"):
+        search.main([tuned, "--index", index, "--query", "x", "--output", str(tmp_path / "gone" / "out.jsonl")])
     with pytest.raises(ValueError, match="no room"):
         search.main([tuned, *texts, "--index", index + "2", "--max-tokens", "1"])
     assert not (tmp_path / "index2").exists()

@@ -153,6 +153,10 @@ def test_the_thread_reads_ahead_and_no_further(dataset):
     stream.numbers = lambda step: asked.append(step) or numbers(step)
     batches = stream.batches(10)
     next(batches)
+    for _ in range(100):
+        if len(asked) >= 9:
+            break
+        time.sleep(0.1)
     time.sleep(0.3)
     assert asked == [*range(10, 19)]  # a lot of three being taken, one waiting, one in hand
     batches.close()

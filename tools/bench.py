@@ -275,12 +275,8 @@ def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
         rounds = [{name: seconds_of(run) for name, run in runs.items()} for _ in range(3)]
         size = sum(len(text.encode()) for text in texts) / 1e6
         for name in runs:
-            seconds, ratio = (
-                statistics.median(found)
-                for found in zip(
-                    *((found[name], found["write_shards --threads 1"] / found[name]) for found in rounds), strict=True
-                )
-            )
+            seconds = statistics.median(found[name] for found in rounds)
+            ratio = statistics.median(found["write_shards --threads 1"] / found[name] for found in rounds)
             print(f"tokenize: {name} {size / seconds:.2f} MB/s, ratio {ratio:.4f}")
 
 

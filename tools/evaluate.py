@@ -44,6 +44,7 @@ from pretrain.files import EVALUATION, RESULT, read_object, write_atomically
 from pretrain.suite import run_suite
 
 READ_AT_ONCE = 256  # windows
+COUNTED = 50_000_000  # tokens of the training text, for the unigram model
 LIMIT = 500  # examples of a task of --suite, windows of a kind for --memorization
 SUITES = ("suite", "memorization", "tasks")
 
@@ -53,12 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = checkpoint.run_of(args.run)
     if args.tasks:
         harness.check()
-    wants_own = args.suite or args.memorization or not args.tasks
-    found = own_figures(args, folder) if wants_own else {}
+    if args.suite or args.memorization or not args.tasks:
+        report(own_figures(args, folder), folder)
     if args.tasks:
-        found["tasks"] = harness_tasks(args)
-    show(found, folder)
-    save(folder / EVALUATION, found)
+        report({"tasks": harness_tasks(args)}, folder)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -128,7 +127,7 @@ def on_held_out_text(
     held_out = opening.open_held_out(cfg.data.val, *where)
     training = [opening.open_held_out(source, *where, "train") for source in cfg.data.sources]
     result = {"windows": held_out.epoch_samples} | evaluate_model(model, device, held_out, tokenizer, objective)
-    counts = sum(np.bincount(tokens, minlength=tokenizer.vocab_size) for stream in training for tokens in parts(stream))
+    counts = token_counts(training, cfg.train.seq_len, tokenizer.vocab_size)
     if "val_bits_per_byte" in result:
         return result | text_baselines(held_out, tokenizer, counts)
     return result | token_baseline(held_out, tokenizer, objective, counts)
@@ -146,6 +145,18 @@ def evaluate_model(
             return score_rows(model, **batch).double().cpu()
 
         return validation.run(evaluate, dist.ALONE, device)
+
+
+def token_counts(streams: list[Stream], seq_len: int, vocab_size: int) -> np.ndarray:
+    """How often windows of training text, evenly spread and at most COUNTED tokens of them, have each token [vocab]."""
+    tokens = sum(stream.epoch_samples for stream in streams) * seq_len
+    every, counts = -(-tokens // COUNTED), np.zeros(vocab_size, dtype=np.int64)
+    with tqdm(total=tokens // every, desc="counting", unit=" tokens", unit_scale=True, delay=2) as bar:
+        for stream in streams:
+            for rows in all_rows(stream, every):
+                counts += np.bincount(rows.tokens[:, :-1].ravel(), minlength=vocab_size)
+                bar.update(rows.tokens[:, :-1].size)
+    return counts
 
 
 def text_baselines(held_out: Stream, tokenizer: Tokenizer, counts: np.ndarray) -> dict[str, float]:
@@ -170,10 +181,11 @@ def token_baseline(held_out: Stream, tokenizer: Tokenizer, objective, counts: np
     return {"targets": len(ids), "unigram_loss": bits * math.log(2) / max(len(ids), 1)}
 
 
-def all_rows(stream: Stream) -> Iterator[Rows]:
-    """All windows of a stream, in order, some at a time."""
-    for start in range(0, stream.epoch_samples, READ_AT_ONCE):
-        yield stream.rows(np.arange(start, min(start + READ_AT_ONCE, stream.epoch_samples)))
+def all_rows(stream: Stream, every: int = 1) -> Iterator[Rows]:
+    """All windows of a stream, or one out of every so many, in order, some at a time."""
+    numbers = np.arange(0, stream.epoch_samples, every)
+    for start in range(0, len(numbers), READ_AT_ONCE):
+        yield stream.rows(numbers[start : start + READ_AT_ONCE])
 
 
 def parts(stream: Stream) -> Iterator[np.ndarray]:
@@ -185,6 +197,11 @@ def unigram_bits(counts: np.ndarray, ids: np.ndarray) -> float:
     """Bits of `ids` under the training tokens' `counts` [vocab], one added to each (Laplace)."""
     counts = counts + 1.0
     return float(-np.log2(counts / counts.sum())[ids].sum())
+
+
+def report(found: dict[str, Any], folder: Path) -> None:
+    show(found, folder)
+    save(folder / EVALUATION, found)
 
 
 def show(found: dict[str, Any], folder: Path) -> None:

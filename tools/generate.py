@@ -25,11 +25,12 @@ from pretrain.cli import run_tool
 from pretrain.data.chat import ChatFormat
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.files import write_atomically
+from pretrain.files import check_output, write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    check_output(args.output)
     prompts = read_prompts(args.input, args.text_key) if args.input else args.prompt or [""]
     model, tokenizer = load(args.run, args.precision)
     talk = Talk(model, tokenizer, args)
@@ -82,10 +83,10 @@ def read_prompts(path: Path, column: str) -> list[str]:
     if path.suffix != ".txt":
         return read_table(str(path), "--input").texts(column, "--text-key")
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        prompts = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    if not prompts:
+    if prompts == [""]:
         raise ValueError(f"{path} has no lines: write a prompt on each")
     return prompts
 
@@ -157,11 +158,16 @@ def converse(talk: Talk) -> None:
         while len(said) > 2 and len(talk.ids(said)) + talk.max_tokens > limit:
             del said[:2]
             print("(the oldest question and its answer are forgotten: the conversation is too long)", file=sys.stderr)
-        if answer := talk.say(talk.ids(said), turn).strip():
+        answer, problem = "", "no answer"
+        try:
+            answer = talk.say(talk.ids(said), turn).strip()
+        except ValueError as error:  # the message alone is too long
+            problem = str(error)
+        if answer:
             said.append(answer)
         else:
             said.pop()
-            print("(no answer)", file=sys.stderr)
+            print(f"({problem})", file=sys.stderr)
 
 
 if __name__ == "__main__":

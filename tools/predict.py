@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain.cli import run_tool
 from pretrain.data.tables import Table, read_table
-from pretrain.files import write_atomically
+from pretrain.files import check_output, write_atomically
 from pretrain.predict import Predictor
 
 COLUMN = "prediction"
@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError("--batch-size must be at least 1")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {args.output.parent}")
+    check_output(args.output)
     table = read_table(args.input, "--input")
     writes = args.output or not args.score
     if writes and COLUMN in table.columns:

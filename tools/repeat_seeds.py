@@ -12,9 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.cli import run_tool
+from pretrain.cli import run_tool, sigterm_as_ctrl_c
 from pretrain.data.tables import read_table
-from pretrain.files import RESULT, write_atomically
+from pretrain.files import RESULT, read_lines, write_atomically
 from pretrain.predict import Predictor
 
 
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         run = Path(root) / f"{name}-seed{seed}"
         print(f"== {run}", flush=True)
-        if code := subprocess.run([*args.command, f"seed={seed}", f"run.name={run.name}"]).returncode:
-            sys.exit(code)
+        train([*args.command, f"seed={seed}", f"run.name={run.name}"], run)
         figures = result_of(run)
         if table:
             tested = Predictor(run, overrides=["task.drop_bad=true"] * args.drop_bad).figures(table, batch_size=32)
@@ -47,6 +46,25 @@ def main(argv: list[str] | None = None) -> None:
     for figure, values in found.items():
         spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         print(f"  {figure:22} {statistics.mean(values):.4f}{spread}   ({', '.join(f'{v:.4f}' for v in values)})")
+
+
+def train(command: list[str], run: Path) -> None:
+    """Run a command to the end of its training. A signal is passed on and waited for: the run saves before it stops."""
+    with sigterm_as_ctrl_c():
+        process = subprocess.Popen(command)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        sys.exit(code)
+    told = [event for event in read_lines(run / "events.jsonl") if event["kind"] in ("start", "resume", "stopped")]
+    if told and told[-1].get("reason", "").startswith("SIG"):
+        raise ValueError(
+            f"{run} was stopped by {told[-1]['reason']} before its end: the same command goes on from there"
+        )
 
 
 def setting(command: list[str], key: str, default: str = "") -> str:

@@ -35,8 +35,9 @@ def headline(run: Path) -> str:
     if not rows:
         return f"{run}: no step yet"
     speed, mfu = (statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "mfu"))
+    loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.3f}"
     lines = [
-        f"{run}: step {rows[-1]['step']}, {rows[-1]['tokens']:,} tokens, loss {rows[-1]['loss']:.3f}",
+        f"{run}: step {rows[-1]['step']}, {rows[-1]['tokens']:,} tokens, loss {loss}",
         f"  {speed:,.0f} tokens/s, MFU {mfu:.1%}",
     ]
     starts = [event for event in events if "peak_tflops" in event]

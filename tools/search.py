@@ -22,11 +22,11 @@ from pretrain import checkpoint, compose, convert, dist
 from pretrain.cli import run_tool
 from pretrain.data.tables import read_table
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.files import sha256_of_file, write_atomically
+from pretrain.files import check_output, sha256_of_file, write_atomically
 from pretrain.prepare.documents import Counts, find_files, read_documents
 from pretrain.saved import MANIFEST
 from pretrain.tasks.embed import embed_texts
-from pretrain.vectors import Index, write_index
+from pretrain.vectors import Index, check, write_index
 
 LONGEST = 512  # tokens of a passage where the model does not say what it was tuned on
 SHOWN = 300  # characters of a passage on the terminal
@@ -55,19 +55,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Cut, embed, write."""
+    check()
     with convert.staged(args.index) as folder:
-        model, tokenizer, longest = open_model(args.model)
+        path = args.model if (args.model / "config.json").is_file() else checkpoint.to_use(args.model)
+        model, tokenizer, longest = open_model(path)
         limit = min(args.max_tokens or longest, model.trunk.config.max_positions)
         passages = read_passages(args.texts, args.text_key, tokenizer, limit)
         texts = [passage["text"] for passage in passages]
         vectors = embed_with_bar(model, tokenizer, texts, limit, args.batch_size)
-        facts = {"model": str(args.model), "weights_sha256": weights_sha256(args.model), "max_tokens": limit}
+        facts = {"model": str(args.model), "weights_sha256": weights_sha256(path), "max_tokens": limit}
         write_index(folder, vectors, passages, facts)
     print(f"wrote {args.index}: {len(passages):,} passages of at most {limit} tokens, {vectors.shape[1]} numbers each")
 
 
 def search(args: argparse.Namespace) -> None:
     """Open, embed, look."""
+    check_output(args.output)
     index = Index(args.index)
     if weights_sha256(args.model) != index.facts["weights_sha256"]:
         raise ValueError(f"{args.index} was made with other weights ({index.facts['model']}) than {args.model}: search "

@@ -211,6 +211,6 @@ def _parsed(template: str) -> list[tuple[str, str | None]]:
         if not any(name for _, name, _, _ in parts):
             raise ValueError("it names no column")
     except ValueError as error:
-        raise ValueError(f"task.template={template!r}: {error}; write it as 'Translate: {{text}}', and a brace itself "
-                         "twice") from None  # fmt: skip
+        raise ValueError(f"task.template={template!r}: {error}; write it as \"task.template='Translate: {{text}}'\", "
+                         "and a brace itself twice") from None  # fmt: skip
     return [(text, name) for text, name, _, _ in parts]

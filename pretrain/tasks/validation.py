@@ -1,12 +1,14 @@
 """A task's held-out examples, judged by all ranks together: the figures are the same for every number of them."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from pretrain.data.tables import Table
 from pretrain.data.tasks import ExampleRows, Examples
@@ -26,7 +28,8 @@ class TaskValidation:
 
     def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
         """The figures, called `val_...`; of the loss only where the examples have labels to lose."""
-        rows = predict(self.task, self.examples, self.micro_batch_size, evaluate, ranks, device)
+        with progress("evaluating", len(self.examples), " examples", ranks) as on_rows:
+            rows = predict(self.task, self.examples, self.micro_batch_size, evaluate, ranks, device, on_rows)
         losses, counts = math.fsum(rows[:, 0].tolist()), int(rows[:, 1].sum())
         figures, self.details, self.facts = self.task.score(self.table, self.examples, rows[:, 2:])
         write = functools.partial(continued, self.micro_batch_size, evaluate, ranks)
@@ -34,6 +37,13 @@ class TaskValidation:
         self.details = told or self.details
         named = {f"val_{name}": float(value) for name, value in (figures | written).items()}
         return ({"val_loss": losses / counts} if counts else {}) | named
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str, ranks: Ranks) -> Iterator[Callable[[int], object]]:
+    """A bar for what all ranks do together; it is told of this rank's rows, and goes when all is done."""
+    with tqdm(total=total, desc=what, unit=unit, delay=2, leave=False, disable=not ranks.is_main) as bar:
+        yield lambda count: bar.update(min(count * ranks.world_size, total - bar.n))
 
 
 def predict(
@@ -76,7 +86,11 @@ def continued(
     each = -(-len(prompts) // ranks.world_size)
     mine = [prompts[min(i * ranks.world_size + ranks.rank, len(prompts) - 1)] for i in range(each)]
     batches = (mine[start : start + micro_batch_size] for start in range(0, each, micro_batch_size))
-    parts = [evaluate(functools.partial(write, mine=batch)) for batch in batches]
+    parts = []
+    with progress("writing", len(prompts), " responses", ranks) as on_rows:
+        for batch in batches:
+            parts.append(evaluate(functools.partial(write, mine=batch)))
+            on_rows(len(batch))
     gathered = all_gather_tensor(torch.cat(parts)).transpose(0, 1).flatten(0, 1)[: len(prompts)]
     return [row[1 : 1 + row[0]] for row in gathered.long().tolist()]
 
