@@ -19,6 +19,20 @@ def run_tool(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM to the end of something short: the start of a process, which would be left behind."""
+    came = []
+    before = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """A polite signal ends the work like Ctrl-C, with what it started and what it left half done."""
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain import parity, reference
 from tests.slurm_cluster import SlurmCluster, why_not
@@ -29,6 +30,8 @@ LONG = ["train", "readme", "finetune", "engine", "train_data", "faults", "launch
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts background jobs with SIGINT ignored, and what a test starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # others have the other cores, and threads that wait for each other take ages
     config.addinivalue_line("markers", "slow: takes minutes; run by `launch/test.sh -m slow`")
     config.addinivalue_line("markers", "slurm: needs Slurm's daemons (apt: slurm-wlm munge slurmctld slurmd)")
 

@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pretrain import checkpoint, compose, convert, hardware, parity, source  # noqa: E402
+from pretrain.cli import uninterrupted  # noqa: E402
 from pretrain.config import ModelConfig  # noqa: E402
 from pretrain.data import fast  # noqa: E402
 from pretrain.data.chat import ChatFormat  # noqa: E402
@@ -522,6 +523,19 @@ def test_continuations_may_part_at_a_tie_only():
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_what_must_be_whole(sent):
+    done = []
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), sent)
+        time.sleep(0.01)
+        done.append(True)
+    assert done and [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    with uninterrupted():
+        pass
 
 
 def test_interrupted_while_transformers_computes_neither_it_nor_a_file_is_left(run, environment, tmp_path):

@@ -108,7 +108,7 @@ def test_a_template_makes_the_prompt_of_columns(tokenizers, tmp_path):
     with pytest.raises(ValueError, match=r"rows.jsonl, line 1: column 'en' \(task.template\) is null"):
         with_template("{en}").encode(table_of(tmp_path, rows[0] | {"en": None}))
     for wrong in ("{en", "{}", "{en!r}", "{en:>9}", "no column", ""):
-        with pytest.raises(ValueError, match=r"task.template=.*write it as 'Translate: \{text\}'"):
+        with pytest.raises(ValueError, match=r"task.template=.*write it as .task.template='Translate: \{text\}'"):
             with_template(wrong)
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.cli import run_tool, sigterm_as_ctrl_c
+from pretrain.cli import run_tool, sigterm_as_ctrl_c, uninterrupted
 from pretrain.data.tables import read_table
 from pretrain.files import RESULT, read_lines, write_atomically
 from pretrain.predict import Predictor
@@ -50,13 +50,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(command: list[str], run: Path) -> None:
     """Run a command to the end of its training. A signal is passed on and waited for: the run saves before it stops."""
+    process = None
     with sigterm_as_ctrl_c():
-        process = subprocess.Popen(command)
         try:
+            with uninterrupted():
+                process = subprocess.Popen(command)
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
+            if process is not None:
+                process.terminate()
+                process.wait()
             raise
     if code:
         sys.exit(code)
