@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests: without arguments all but the slow ones, in two processes. Arguments go to pytest.
 #
-#   launch/test.sh                       # ~25 minutes on 2 cores
+#   launch/test.sh                       # ~17 minutes on 2 cores
 #   launch/test.sh -m '' tests/test_readme.py    # one file, its slow ones too
 #   launch/test.sh -k order -x
 #
