@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -19,8 +21,25 @@ def run_tool(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
+def child(command: list[str], stop: Callable[[Any], None] = lambda process: process.kill(), **options: Any) -> Iterator:
+    """A process (`subprocess.Popen` with `options`) that never outlives what is done with it: whatever ends that early,
+    Ctrl-C at its very start too, the process is stopped and waited for.
+    """
+    process = None
+    try:
+        with uninterrupted():
+            process = subprocess.Popen(command, **options)
+        yield process
+    except BaseException:
+        if process is not None:
+            stop(process)
+            process.wait()
+        raise
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM to the end of something short: the start of a process, which would be left behind."""
+    """Put off Ctrl-C and SIGTERM to the end of something short."""
     came = []
     before = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -191,7 +191,7 @@ def _explain(error: HydraException, origin: Origin) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _explain_key(cause, origin)
     text = str(error).partition("Config search path:")[0].strip()
-    if any(override.startswith("task.template=") for override in origin.overrides) and "mismatched input" in text:
+    if "override_grammar" in text and any(re.match(r"task\.template=[^'\"]*{", said) for said in origin.overrides):
         return "task.template holds braces: quote it once more for Hydra, as \"task.template='Translate: {text}'\""
     return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
 

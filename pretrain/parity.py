@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.cli import uninterrupted
+from pretrain.cli import child
 from pretrain.config import ModelConfig
 from pretrain.data.order import hash_key
 from pretrain.data.tokenizer import TRICKY_TEXTS, Tokenizer
@@ -194,19 +194,11 @@ def ask(folder: Path, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     command = [sys.executable, "-m", "pretrain.reference", str((scratch / "request.json").resolve())]
-    process = None
-    try:
-        with uninterrupted():
-            process = subprocess.Popen(
-                command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+    with child(
+        command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
         said, _ = process.communicate()
-    except BaseException:
-        if process is not None:
-            process.kill()
-            process.wait()
-        raise
     if process.returncode:
         raise ValueError(f"transformers cannot use {folder}: {' | '.join(said.strip().splitlines()[-3:])}")
     return json.loads((scratch / "answer.json").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import parity, reference
+from pretrain import cli, reference
 from tests.slurm_cluster import SlurmCluster, why_not
 
 ROOT = Path(__file__).parent.parent
@@ -160,8 +160,7 @@ def transformers_here(monkeypatch):
             reference.main()
             return "", ""
 
-    pipes = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "STDOUT")}
-    monkeypatch.setattr(parity, "subprocess", SimpleNamespace(Popen=InThisProcess, **pipes))
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(Popen=InThisProcess))
 
 
 @pytest.fixture(scope="module")

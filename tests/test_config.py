@@ -188,7 +188,12 @@ def test_an_experiment_says_what_those_it_builds_on_say_too(tmp_path, monkeypatc
 
 
 def test_a_template_comes_from_a_shell(monkeypatch):
-    for quoted, said in (("task.template='Translate: {en}'", None), ("task.template=Translate: {en}", "quote it once")):
+    hint = "quote it once more for Hydra"
+    for quoted, said in (
+        ("task.template='Translate: {en}'", None),
+        ("task.template=Translate: {en}", hint),
+        ("task.template={en}", hint),
+    ):
         monkeypatch.setattr("sys.argv", ["finetune", "task=instruct", "run.name=x", quoted])
         if said:
             with pytest.raises(ValueError, match=said):

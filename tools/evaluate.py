@@ -3,8 +3,8 @@ python tools/evaluate.py runs/NAME --suite --memorization
 python tools/evaluate.py runs/NAME --tasks lambada_openai,hellaswag --limit 200
 
 Bits per byte of a run's checkpoint on its whole validation shards, beside a unigram model (token frequencies of the
-training shards), gzip -9 and xz -9 on the same text. Of a masked model: loss and accuracy on the masked tokens of
-these shards, masked as in training, beside the unigram model's loss on the same tokens.
+training shards, of at most 50 million tokens), gzip -9 and xz -9 on the same text. Of a masked model: loss and accuracy
+on the masked tokens of these shards, masked as in training, beside the unigram model's loss on the same tokens.
 
 With --suite, instead: tasks made of the validation shards, for causal models in any language: which of four passages
 goes on a text, its last word, and a passage that is read twice. With --memorization: how much of the training shards

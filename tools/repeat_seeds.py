@@ -8,11 +8,10 @@ Started again, it continues what was interrupted. The figures are also written t
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.cli import run_tool, sigterm_as_ctrl_c, uninterrupted
+from pretrain.cli import child, run_tool, sigterm_as_ctrl_c
 from pretrain.data.tables import read_table
 from pretrain.files import RESULT, read_lines, write_atomically
 from pretrain.predict import Predictor
@@ -50,19 +49,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(command: list[str], run: Path) -> None:
     """Run a command to the end of its training. A signal is passed on and waited for: the run saves before it stops."""
-    process = None
-    with sigterm_as_ctrl_c():
-        try:
-            with uninterrupted():
-                process = subprocess.Popen(command)
-            code = process.wait()
-        except KeyboardInterrupt:
-            if process is not None:
-                process.terminate()
-                process.wait()
-            raise
-    if code:
-        sys.exit(code)
+    with sigterm_as_ctrl_c(), child(command, lambda process: process.terminate()) as process:
+        process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
     told = [event for event in read_lines(run / "events.jsonl") if event["kind"] in ("start", "resume", "stopped")]
     if told and told[-1].get("reason", "").startswith("SIG"):
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -41,8 +42,13 @@ class TaskValidation:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, unit: str, ranks: Ranks) -> Iterator[Callable[[int], object]]:
-    """A bar for what all ranks do together; it is told of this rank's rows, and goes when all is done."""
-    with tqdm(total=total, desc=what, unit=unit, delay=2, leave=False, disable=not ranks.is_main) as bar:
+    """A bar for what all ranks do together; it is told of this rank's rows, and goes when all is done. In a log file it
+    stands every 10 seconds.
+    """
+    every = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        total=total, desc=what, unit=unit, delay=2, mininterval=every, leave=False, disable=not ranks.is_main
+    ) as bar:
         yield lambda count: bar.update(min(count * ranks.world_size, total - bar.n))
 
 
