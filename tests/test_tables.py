@@ -167,11 +167,11 @@ def test_bad_lines_are_named(tmp_path, content, message):
         ("a.json", '{"text": "x"}', ': it must be an array of objects, or an object with an array "data"'),
         ("a.json", JSONL, "Extra data: line 2 column 1 (char 62)); if each line is an object of its own, name"),
         ("a.json", '[{"a": 1}, 2]', ": row 2: a row must be an object"),
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], " is damaged or cut short"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], " is damaged or cut short"),
         ("a.jsonl.zst", zstandard.compress(JSONL)[:-3], " is damaged or cut short"),
         ("a.parquet", "PAR1", " is damaged or not a Parquet file"),
         ("a.tar", "x" * 1024, " is not a whole, uncompressed tar file"),
-        ("a.tar.gz", gzip.compress(b""), " is compressed as a whole: unpack it first"),
+        ("a.tar.gz", gzip.compress(b"", mtime=0), " is compressed as a whole: unpack it first"),
         ("a.xlsx", "x", " is of a kind that is not read: give one of .jsonl, .json, .csv"),
     ],
 )  # fmt: skip
