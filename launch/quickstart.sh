@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/setup.sh
 source launch/env.sh
-((NPROC <= 2)) || export NPROC=2  # its batches of 8 rows are for small machines
+((NPROC <= 2)) || { export NPROC=2; unset OMP_NUM_THREADS; }  # its batches of 8 rows are for small machines
 python=.venv/bin/python
 data=runs/quickstart-data
 run=runs/quickstart

@@ -19,7 +19,8 @@ READS = {  # what a task, or a method, reads of those settings that not all of t
         "embedding": {"query", "document", "score", "temperature", "pooling"},
     },
     "tuning": {
-        "full": set(), "head": set(), "last_layers": {"last_layers"}, "lora": {"lora_rank", "lora_alpha", "lora_on"},
+        "full": {"layer_lr_decay"}, "head": set(), "last_layers": {"last_layers", "layer_lr_decay"},
+        "lora": {"lora_rank", "lora_alpha", "lora_on", "layer_lr_decay"},
     },
 }  # fmt: skip
 TASKS = tuple(READS["task"])
@@ -164,12 +165,15 @@ def _check_tuning(config: Config) -> None:
         raise ValueError("model.lora_rank is set by tuning=lora tuning.lora_rank=N")
 
 
-def check_said(config: Config, section: str, said: set[str]) -> None:
-    """Of a fine-tuning run the keys of `task` or `tuning` that the user gave: what is chosen there must read them."""
+def check_said(config: Config, section: str, said: dict[str, str]) -> None:
+    """Of a fine-tuning run the keys of `task` or `tuning` that the user gave, each with where it came from: what is
+    chosen there must read them.
+    """
     chosen = config.task.name if section == "task" else config.tuning.method
-    for key in sorted(said - READS[section][chosen]):
+    for key in sorted(said.keys() - READS[section][chosen]):
         if readers := [name for name, keys in READS[section].items() if key in keys]:
-            raise ValueError(f"{section}.{key} is for {section}={' or '.join(readers)}, not {chosen}: drop it")
+            raise ValueError(f"{section}.{key} (from {said[key]}) is for {section}={' or '.join(readers)}, not "
+                             f"{chosen}: drop it")  # fmt: skip
 
 
 def _check_phases(train: TrainConfig) -> None:

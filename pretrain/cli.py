@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: Slurm's, before time is up
+
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool's `main`; `ValueError` and `OSError` become one message on stderr and exit code 2, Ctrl-C 130."""
@@ -23,7 +25,7 @@ def run_tool(main: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def child(command: list[str], stop: Callable[[Any], None] = lambda process: process.kill(), **options: Any) -> Iterator:
     """A process (`subprocess.Popen` with `options`) that never outlives what is done with it: whatever ends that early,
-    Ctrl-C at its very start too, the process is stopped and waited for.
+    Ctrl-C at its very start too, the process is stopped and waited for, also when more signals come.
     """
     process = None
     try:
@@ -32,16 +34,20 @@ def child(command: list[str], stop: Callable[[Any], None] = lambda process: proc
         yield process
     except BaseException:
         if process is not None:
-            stop(process)
-            process.wait()
+            with uninterrupted():
+                stop(process)
+                process.wait()
         raise
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM to the end of something short."""
-    came = []
-    before = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Put off the signals that stop a program to the end of something that must be whole; ignored ones stay so."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
@@ -52,14 +58,16 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """A polite signal ends the work like Ctrl-C, with what it started and what it left half done."""
+def stops_as_ctrl_c() -> Iterator[None]:
+    """Every polite signal ends the work like Ctrl-C, with what it started and what it left half done."""
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    polite = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    before = [signal.signal(number, interrupt) for number in polite]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(polite, before, strict=True):
+            signal.signal(number, handler)

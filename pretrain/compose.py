@@ -100,7 +100,7 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
         raise ValueError(_explain_key(error, origin)) from error
     if config.task is not None:
         for section in ("task", "tuning"):
-            check_said(config, section, _said(origin, section))
+            check_said(config, section, {key: _source(f"{section}.{key}", origin) for key in _said(origin, section)})
     return config
 
 
@@ -134,22 +134,32 @@ def _with_its_model(cfg: Any, origin: Origin, read_model: ReadModel) -> Any:
     own = Path(cfg.run.root) / name / "config.yaml"  # a run that began before needs `init` no more
     before = read(own) if own.is_file() else None
     brought = asdict(before.model) if before and before.init == cfg.init else read_model(cfg.init)
-    brought |= {key: cfg.model[key] for key in said if key in brought}
+    brought |= {key: cfg.model[key] for key in said}
     return OmegaConf.merge({**cfg, "model": None}, {"model": brought})
 
 
 def _said(origin: Origin, section: str) -> set[str]:
-    """The keys of a section that the command line or the experiment names, not the choice of a group."""
+    """The keys of a section that the command line or an experiment names, not the choice of a group. Where the command
+    line chooses a group, the keys that an experiment has for its own choice do not count.
+    """
     keys = {override.lstrip("+").partition("=")[0] for override in origin.overrides}
     said = {key.partition(".")[2] for key in keys if key.startswith(f"{section}.")}
-    names = [origin.choices.get("experiment")]
-    while names:  # an experiment may build on others, which it names first
-        name = str(names.pop()).rpartition("/")[2]
+    return said if section in keys else said.union(*(content.get(section) or {} for _, content in _experiments(origin)))
+
+
+def _experiments(origin: Origin) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the content of each experiment: of those that were chosen, and of those that they build on."""
+    said = (override.partition("=")[2] for override in origin.overrides if override.startswith("experiment=["))
+    lists = [name for value in said for name in yaml.safe_load(value)]  # Hydra notes the choice of one, not of several
+    names, found = lists or [origin.choices.get("experiment")], []
+    while names:
+        name = names.pop()
         files = (folder / "experiment" / f"{name}.yaml" for folder in origin.folders)
         content = next((yaml.safe_load(file.read_text()) for file in files if file.is_file()), None) or {}
-        said |= set(content.get(section) or {})
-        names += [entry for entry in content.get("defaults") or [] if isinstance(entry, str) and entry != "_self_"]
-    return said
+        found.append((f"experiment/{name}", content))
+        built_on = [entry for entry in content.get("defaults") or [] if isinstance(entry, str) and entry != "_self_"]
+        names += [entry.removeprefix("/experiment/") for entry in built_on]
+    return found
 
 
 def read(path: Path) -> Config:
@@ -216,12 +226,14 @@ def _source(key: str, origin: Origin) -> str:
     if fitting:
         return f"the command line: {said[max(fitting, key=len)]}"
     parts = key.split(".")
-    candidates = [("experiment/" + choices["experiment"], parts)] if choices.get("experiment") else []
+    files = [(origin.config_name, parts)]
     if choices.get(parts[0]):
-        candidates.append((f"{parts[0]}/{choices[parts[0]]}", parts[1:]))
-    for name, path in [*candidates, (origin.config_name, parts)]:
+        files.insert(0, (f"{parts[0]}/{choices[parts[0]]}", parts[1:]))
+    contents = [(name, parts, content) for name, content in _experiments(origin)]
+    for name, path in files:
         file = conf_folder() / f"{name}.yaml"
-        node = yaml.safe_load(file.read_text()) if file.is_file() else None
+        contents.append((name, path, yaml.safe_load(file.read_text()) if file.is_file() else None))
+    for name, path, node in contents:
         for part in path:
             node = node[part] if isinstance(node, dict) and part in node else None
         if node is not None:

@@ -37,9 +37,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     base = replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer.vocab_size)
     table = read_table(cfg.data.sources, "data.train")
     others = (tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
-    task = make_task(cfg.task, *others)
-    if cfg.task.labels is None and task.labels and set(task.labels) <= set(known := known_labels(cfg)):
-        task = make_task(replace(cfg.task, labels=known), *others)  # the head stays, also for labels that are not here
+    task = with_known_labels(cfg, make_task(cfg.task, *others), others, ranks)
     cfg = replace(cfg, task=task.config)
     examples = encode_and_tell(task, table, ranks.is_main)
     task.weigh(examples)
@@ -91,6 +89,18 @@ def open_tokenizer(cfg: Config) -> Tokenizer:
     return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
 
 
+def with_known_labels(cfg: Config, task: Task, others: tuple, ranks: dist.Ranks) -> Task:
+    """The task; a head that has all labels of the data stays as it is, with those that the data has not."""
+    if cfg.task.labels is not None or not task.labels or not set(task.labels) <= set(known := known_labels(cfg)):
+        return task
+    if ranks.is_main and (absent := [label for label in known if label not in task.labels]):
+        listed = ", ".join(absent)
+        print(
+            f"the head keeps labels that data.train has not: {listed} (task.labels=[...] drops them)", file=sys.stderr
+        )
+    return make_task(replace(cfg.task, labels=known), *others)
+
+
 def known_labels(cfg: Config) -> list[str]:
     """The labels, in their order, of the run that goes on, or of the model that is tuned on."""
     own = cfg.run.folder / "config.yaml"
@@ -103,6 +113,9 @@ def known_labels(cfg: Config) -> list[str]:
 def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
     """The model with the head that the task needs and, for LoRA, its thin matrices."""
     model = base if task.head == base.head == "lm" else fitting_head(base, task.head, len(task.labels))
+    if cfg.task.pooling == "first" and model.causal:
+        raise ValueError("task.pooling=first: in a model that looks back only the first token sees no other: take last "
+                         "or mean")  # fmt: skip
     if cfg.task.pooling:
         model = replace(model, pooling=cfg.task.pooling)
     if cfg.tuning.method == "lora":

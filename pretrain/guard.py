@@ -5,10 +5,9 @@ import signal
 
 import torch
 
+from pretrain.cli import STOP_SIGNALS
 from pretrain.config import GuardConfig
 from pretrain.dist import all_gather_tensor
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Guard:

@@ -17,9 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli import child
+from pretrain.files import read_object
+
 INSTALL = "pip install 'pretrain[eval]'"
 UNREACHABLE = ("ConnectError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 BOOTSTRAP = 1000  # resamplings for the standard error of metrics that are no means
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of the classes that the harness can use
 BATCH_SIZE = 16
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # with these it would wait for others
 
@@ -33,7 +37,14 @@ def check() -> None:
 def evaluate(
     folder: Path, dtype: str, tasks: list[str], include_path: Path | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """{task: {metric: value}} of a Hugging Face folder. What the harness says meanwhile goes to stderr."""
+    """{task: {metric: value}} of a Hugging Face folder. What the harness says meanwhile goes to stderr.
+
+    `ValueError` for a model that writes no text: the harness would give it an output of random weights.
+    """
+    classes = read_object(Path(folder) / "config.json").get("architectures") or WRITERS
+    if not any(name.endswith(WRITERS) for name in classes):
+        raise ValueError(f"--tasks are for models that write text, and this is {', '.join(classes)}: tools/predict.py "
+                         "--score judges what a fine-tuned model says")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         request, output = Path(scratch) / "request.json", Path(scratch) / "output.json"
         request.write_text(json.dumps({
@@ -45,9 +56,10 @@ def evaluate(
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
         environment = {**inherited, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "pretrain.harness", str(request)]
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=2)
-        if done.returncode or not output.is_file():
-            raise ValueError(f"the LM Evaluation Harness failed with exit code {done.returncode}: see above")
+        with child(command, env=environment, stdin=subprocess.DEVNULL, stdout=2) as process:
+            process.wait()
+        if process.returncode or not output.is_file():
+            raise ValueError(f"the LM Evaluation Harness failed with exit code {process.returncode}: see above")
         found = json.loads(output.read_text())
     if "error" in found:
         raise ValueError(found["error"])

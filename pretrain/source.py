@@ -146,10 +146,10 @@ def task_of_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """What a config.json says that its model was tuned for, as a run's task.json has it. A sequence's one output is a
     number (regression, ranking), which is no task here.
     """
-    if config.head not in TASK_OF_HEAD or (config.head == "sequence" and config.labels == 1):
+    multi_label = config.head == "sequence" and hf.get("problem_type") == "multi_label_classification"
+    if config.head not in TASK_OF_HEAD or (config.head == "sequence" and config.labels == 1 and not multi_label):
         return {}
     labels = label_names(hf) if config.head in LABELLED else []
-    multi_label = config.head == "sequence" and hf.get("problem_type") == "multi_label_classification"
     return {"name": TASK_OF_HEAD[config.head], "labels": labels, "multi_label": multi_label}
 
 

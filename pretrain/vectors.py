@@ -23,7 +23,7 @@ INSTALL = "pip install 'pretrain[tasks]'"
 def write_index(folder: Path, vectors: np.ndarray, passages: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write an index into a folder that is there; vectors float32[n, D]."""
     assert len(vectors) == len(passages)
-    faiss = _faiss()
+    faiss = library()
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
     faiss.write_index(index, str(folder / VECTORS))
@@ -38,7 +38,7 @@ class Index:
     def __init__(self, folder: Path):
         if not (folder / FACTS).is_file():
             raise ValueError(f"{folder} is no index of tools/search.py: make one with --texts")
-        faiss = _faiss()
+        faiss = library()
         try:
             self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
             self._lines = (folder / PASSAGES).read_bytes().splitlines()
@@ -58,12 +58,8 @@ class Index:
         ]
 
 
-def check() -> None:
-    """Refuse what needs faiss where it is missing, before the work on it begins."""
-    _faiss()
-
-
-def _faiss() -> Any:
+def library() -> Any:
+    """faiss; `ValueError` where it is missing, which should come before the work on an index."""
     try:
         import faiss
     except ImportError:

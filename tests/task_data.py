@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tokenize
 from pathlib import Path
 
@@ -64,8 +65,20 @@ def questions(known: list[dict]) -> list[dict]:
     return found
 
 
+def kinds(row: dict) -> list[str]:
+    """What is true of a function, often nothing."""
+    told = {"private": row["name"].startswith("_"), "short": len(row["code"]) < 200, "long name": len(row["name"]) > 12}
+    return [name for name, is_so in told.items() if is_so]
+
+
+def talk(row: dict) -> list[dict]:
+    """A conversation on a function."""
+    said = (row["text"], row["name"], "Which module has it?", row["module"])
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
+
+
 def write_examples(folder: Path) -> dict[str, Path]:
-    """task -> a folder with its train.jsonl and val.jsonl."""
+    """Name -> a folder with its train.jsonl and val.jsonl. The names are those of tasks, and of variants of some."""
     known = functions()
     tables = {
         "classification": [{"text": row["text"], "label": row["module"]} for row in known],
@@ -74,10 +87,21 @@ def write_examples(folder: Path) -> dict[str, Path]:
         "instruct": [{"prompt": row["text"], "response": row["name"]} for row in known],
         "language_model": [{"text": row["code"]} for row in known],
         "embedding": [{"query": row["name"].replace("_", " "), "document": row["text"]} for row in known],
+        "pairs": [{"text": row["name"], "code": row["code"], "label": kinds(row)} for row in known],
+        "conversations": [{"messages": talk(row)} for row in known],
     }
     for name, rows in tables.items():
         (folder / name).mkdir(parents=True)
         for split, part in (("train", rows[:96]), ("val", rows[96:119])):
             text = "".join(json.dumps(row) + "\n" for row in part)
             (folder / name / f"{split}.jsonl").write_text(text)
-    return {name: folder / name for name in tables}
+    write_scored(folder / "embedding", folder / "scored", known[96:119])
+    return {path.name: path for path in folder.iterdir()}
+
+
+def write_scored(pairs: Path, folder: Path, known: list[dict]) -> None:
+    """The same pairs to learn from; held-out ones scored by whether they belong together."""
+    shutil.copytree(pairs, folder)
+    rows = [{"query": row["name"], "document": known[other]["text"], "score": int(number == other)}
+            for number, row in enumerate(known) for other in (number, number - 1)]  # fmt: skip
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

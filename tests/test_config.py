@@ -180,11 +180,37 @@ def test_an_experiment_says_what_those_it_builds_on_say_too(tmp_path, monkeypatc
     theirs = asdict(compose.compose("pretrain", ["run.name=x", "model=bert_base", "train.seq_len=512"]).model) | {
         "dropout": 0.4
     }
-    for name, expected in (("mine", (0.0, "plain", 0.5)), ("empty", (0.4, "sdpa", 1e-12))):
+    (tmp_path / "experiment" / "team").mkdir()
+    (tmp_path / "experiment" / "team" / "base.yaml").write_text("# @package _global_\nmodel: {dropout: 0.3}\n")
+    (tmp_path / "experiment" / "team" / "ours.yaml").write_text(
+        "# @package _global_\ndefaults: [team/base, /experiment/mine, _self_]\n"
+    )
+    for name, expected in (
+        ("mine", (0.0, "plain", 0.5)), ("empty", (0.4, "sdpa", 1e-12)), ("team/base", (0.3, "sdpa", 1e-12)),
+        ("team/ours", (0.0, "plain", 0.5)), ("[mine,team/base]", (0.3, "plain", 0.5)),
+    ):  # fmt: skip
         line = [f"hydra.searchpath=[file://{tmp_path}]", "run.name=x", "init=runs/y", f"experiment={name}"]
         monkeypatch.setattr("sys.argv", ["finetune", *line])
         model = compose.from_command_line("finetune", lambda init: dict(theirs)).model
         assert (model.dropout, model.attention, model.norm_eps) == expected
+
+
+def test_a_key_that_no_model_has_is_refused_with_init_too(monkeypatch):
+    theirs = asdict(compose.compose("pretrain", ["run.name=x"]).model)
+    monkeypatch.setattr("sys.argv", ["finetune", "run.name=x", "init=runs/y", "+model.dropuot=0.1"])
+    with pytest.raises(
+        ValueError, match="unknown key model.dropuot .from the command line.*did you mean model.dropout"
+    ):
+        compose.from_command_line("finetune", lambda init: theirs)
+
+
+def test_what_an_experiment_says_of_its_own_choice_does_not_bind_another(tmp_path):
+    given = compose.compose("finetune", ["run.name=x", "experiment=questions", "task=classification"])
+    assert given.task.name == "classification"
+    with pytest.raises(ValueError, match=r"task.stride .from the command line: .*9. is for task=extractive_qa"):
+        compose.compose("finetune", ["run.name=x", "experiment=questions", "task=classification", "task.stride=9"])
+    with pytest.raises(ValueError, match=r"tuning.layer_lr_decay .* is for tuning=full or last_layers or lora"):
+        compose.compose("finetune", ["run.name=x", "init=x", "tuning=head", "tuning.layer_lr_decay=0.5"])
 
 
 def test_a_template_comes_from_a_shell(monkeypatch):

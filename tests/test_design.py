@@ -10,8 +10,8 @@ PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 LAYERS = {
-    "config": 0, "dist": 0, "cli": 0, "files": 0, "hardware": 0, "harness": 0, "page": 0, "reference": 0,
-    "checks": 1, "curves": 1, "data": 1, "metrics": 1, "model": 1, "optim": 1, "tensors": 1,
+    "config": 0, "dist": 0, "cli": 0, "files": 0, "hardware": 0, "page": 0, "reference": 0,
+    "checks": 1, "curves": 1, "data": 1, "harness": 1, "metrics": 1, "model": 1, "optim": 1, "tensors": 1,
     "compose": 2, "engine": 2, "prepare": 2, "saved": 2, "source": 2, "tuning": 2,
     "checkpoint": 3, "guard": 3, "log": 3, "report": 3, "evaluate": 3, "generate": 3,
     "card": 3, "parity": 3, "suite": 3, "vectors": 3,

@@ -144,6 +144,12 @@ def test_an_unknown_task_is_met_with_the_nearest_names(tmp_path):
         harness.run({"tasks": ["own_word"], "include_path": str(tmp_path / "tasks")})
 
 
+def test_a_model_that_writes_nothing_is_not_given_to_the_harness(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    with pytest.raises(ValueError, match="models that write text, and this is BertForSequenceClassification"):
+        harness.evaluate(tmp_path, "float32", ["it"], None, 3)
+
+
 def test_the_harness_suffixes_are_left_out():
     found = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,strict-match": 0.25, "sample_len": 6}
     assert harness.figures(found) == {"acc": 0.5, "exact_match strict-match": 0.25, "items": 6}

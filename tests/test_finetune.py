@@ -27,17 +27,31 @@ SETTINGS = (
     "schedule=constant", "schedule.warmup_steps=0", "optim.lr=1e-3", "log=none", "deepspeed=zero2",
     "train.eval_every=4", "task.drop_bad=true",
 )  # fmt: skip
-CASES = {  # name, which is the task's but for LoRA: (the model it starts from, what transformers calls its export)
+CASES = {  # name, the task's or that of a variant: (the model it starts from, what transformers calls its export)
     "classification": ("bert", "BertForSequenceClassification"),
     "token_classification": ("modernbert", "ModernBertForTokenClassification"),
     "extractive_qa": ("bert", "BertForQuestionAnswering"),
     "embedding": ("bert", "BertModel"),
     "instruct": ("llama", "LlamaForCausalLM"),
     "language_model": ("llama", "LlamaForCausalLM"),
+    "pairs": ("bert", "BertForSequenceClassification"),
+    "scored": ("modernbert", "ModernBertModel"),
+    "conversations": ("llama", "LlamaForCausalLM"),
+    "masked": ("bert", "BertForMaskedLM"),
     "lora": ("llama", "LlamaForTokenClassification"),
 }
-MORE = {"instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4"),
-        "extractive_qa": ("task.stride=16",), "lora": ("tuning=lora", "tuning.lora_rank=2")}  # fmt: skip
+VARIANTS = {"pairs": "classification", "scored": "embedding", "conversations": "instruct", "masked": "language_model",
+            "lora": "token_classification"}  # fmt: skip
+DATA = {"masked": "language_model", "lora": "token_classification"}
+MORE = {
+    "instruct": ("task.figures=translation", "task.generate_samples=3", "task.max_new_tokens=4"),
+    "extractive_qa": ("task.stride=16",),
+    "pairs": ("task.multi_label=true", "task.text_pair=code", "tuning=head", "optim.lr=1e-2"),
+    "scored": ("tuning=last_layers", "tuning.last_layers=1"),
+    "conversations": ("tuning=lora",),
+    "masked": ("objective=masked_lm",),
+    "lora": ("tuning=lora", "tuning.lora_rank=2"),
+}
 STEPS = {  # name: overrides of a run of which one step is taken
     "full": ("tuning.layer_lr_decay=0.5",),
     "head": ("tuning=head",),
@@ -75,7 +89,7 @@ def runs(models, examples, worker, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
 
     def line(name: str, case: str, *more: str) -> list[str]:
-        data = examples[task_of(case)]
+        data = examples[DATA.get(case, case)]
         return [f"task={task_of(case)}", f"init={models / CASES[case][0]}", f"data.train={data}/train.jsonl",
                 f"data.val={data}/val.jsonl", f"run.root={root}", f"run.name={name}", *SETTINGS, *MORE.get(case, ()),
                 *more]  # fmt: skip
@@ -104,7 +118,7 @@ def runs(models, examples, worker, tmp_path_factory):
 
 
 def task_of(case: str) -> str:
-    return "token_classification" if case == "lora" else case
+    return VARIANTS.get(case, case)
 
 
 def figures(row: dict) -> dict:
@@ -116,8 +130,15 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, case):
     whole, resumed = journal(runs / case), journal(runs / f"{case}-resumed")
     for name in ("step", "tokens", "loss", "grad_norm", "lr", "batch_hash"):
         assert [row[name] for row in resumed] == [row[name] for row in whole], name
-    assert figures(whole[7]) == figures(resumed[7]) and "val_loss" in whole[7]
+    assert figures(whole[7]) == figures(resumed[7]) != {}
     assert whole[-1]["loss"] < whole[0]["loss"]
+    for name in ("result.json", "predictions.jsonl"):
+        assert (runs / case / name).read_text() == (runs / f"{case}-resumed" / name).read_text(), name
+    ours, again = (
+        checkpoint.Weights(runs / name / "checkpoints" / "step-000000008") for name in (case, f"{case}-resumed")
+    )
+    for name in ours.shapes:
+        assert torch.equal(ours.read(name), again.read(name)), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -228,11 +249,13 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
     "more layers than there are": ("classification", ["tuning=last_layers", "tuning.last_layers=9"], None, None,
                                    r"last_layers=9: the model has 2"),
     "a pooling where none is": ("token_classification", ["task.pooling=mean"], None, None,
-                                r"task.pooling is for task=classification or embedding, not token_classification"),
+                                r"task.pooling .* is for task=classification or embedding, not token_classification"),
     "weights that no one asks for": ("token_classification", ["task.class_weights=balanced"], None, None,
-                                     r"task.class_weights is for task=classification, not token_classification"),
+                                     r"task.class_weights .* is for task=classification, not token_classification"),
+    "a pooling that sees one token": ("embedding", ["init=null", "data.tokenizer=TOKENIZER", "model=llama_tiny",
+                                                    "task.pooling=first"], None, None, r"the first token sees no"),
     "a rank without LoRA": ("classification", ["tuning.lora_rank=64"], None, None,
-                            r"tuning.lora_rank is for tuning=lora, not full"),
+                            r"tuning.lora_rank .* is for tuning=lora, not full"),
     "nothing to keep": ("classification", ["init=null", "data.tokenizer=TOKENIZER", "model=modernbert_10m",
                                            "tuning=lora"], None, None, r"tuning=lora keeps .* init="),
     "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),
@@ -266,11 +289,12 @@ def test_a_head_of_another_shape_begins_anew_and_is_listed(check, runs):
     assert other.new_parameters == ("head.weight", "head.bias")
 
 
-def test_a_head_is_kept_for_fewer_labels_or_in_another_order(check, runs, models, tmp_path):
+def test_a_head_is_kept_for_fewer_labels_or_in_another_order(check, runs, models, tmp_path, capfd):
     labels = json.loads((runs / "classification" / "task.json").read_text())["labels"]
     few = [{"text": str(number), "label": label} for number, label in enumerate(labels[::2])]
     plan = check("classification", f"init={runs / 'classification'}", train=few, val=few)
     assert plan.config.task.labels == labels and plan.new_parameters == () and len(labels) > len(few)
+    assert f"the head keeps labels that data.train has not: {', '.join(labels[1::2])} (" in capfd.readouterr().err
     turned = tmp_path / "turned"
     shutil.copytree(runs / "classification", turned)
     described = json.loads((turned / "task.json").read_text())

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
+from pretrain.cli import STOP_SIGNALS
 from pretrain.config import GuardConfig
-from pretrain.guard import STOP_SIGNALS, Guard
+from pretrain.guard import Guard
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -217,10 +217,10 @@ def lead(folder: Path, executor: str, env: dict) -> subprocess.Popen:
     """A process that leads two workers which sleep; it is returned when they do."""
     program = (
         "import sys; from functools import partial; from pathlib import Path; from tests.test_prepare import sleep\n"
-        "from pretrain.prepare.workers import Executor; from tools.write_shards import sigterm_as_ctrl_c\n"
+        "from pretrain.prepare.workers import Executor; from tools.write_shards import stops_as_ctrl_c\n"
         "from pretrain.cli import run_tool\n"
         "def main():\n"
-        "    with sigterm_as_ctrl_c():\n"
+        "    with stops_as_ctrl_c():\n"
         f"        {executor}.run(partial(sleep, Path(sys.argv[1])), range(9), str, Path(sys.argv[2]))\n"
         "if __name__ == '__main__': run_tool(main)"
     )

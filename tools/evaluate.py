@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from pretrain import checkpoint, compose, convert, dist, hardware, harness, memorization
-from pretrain.cli import run_tool
+from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.config import Config
 from pretrain.data import manifest as manifests
 from pretrain.data import opening
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.suite or args.memorization or not args.tasks:
         report(own_figures(args, folder), folder)
     if args.tasks:
-        report({"tasks": harness_tasks(args)}, folder)
+        with stops_as_ctrl_c():
+            report({"tasks": harness_tasks(args)}, folder)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from pretrain import convert, hardware
-from pretrain.cli import run_tool, sigterm_as_ctrl_c
+from pretrain.cli import run_tool, stops_as_ctrl_c
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.shard_gb <= 0:
         parser.error("--shard-gb must be positive")
-    with sigterm_as_ctrl_c():
+    with stops_as_ctrl_c():
         proof = convert.export_hf(args.run, args.output, args.dtype, args.shard_gb)
     print(f"wrote {args.output}: {proof['class']}")
     print(convert.said(proof))

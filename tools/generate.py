@@ -115,6 +115,15 @@ class Talk:
         messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
         return self.chat.encode([*self.system, *messages], add_generation_prompt=True, place=place)[0]
 
+    def fitting(self, said: list[str]) -> list[str]:
+        """The end of a conversation, from a question on, that leaves room for the answer; the last message must fit."""
+        generate.check(self.model, [self.ids(said[-1:])], self.max_tokens)
+        limit, kept = self.model.trunk.config.max_positions, said
+        while len(kept) > 1 and len(self.ids(kept)) + self.max_tokens > limit:
+            kept = kept[2:]
+            print("(the oldest question and its answer are forgotten: the conversation is too long)", file=sys.stderr)
+        return kept
+
     def say(self, ids: list[int], row: int, before: str = "") -> str:
         """Print `before` and what the model writes after these ids, as it comes; the latter is returned."""
         arguments = (self.model, self.tokenizer, ids, self.max_tokens, self.sampling)
@@ -145,7 +154,6 @@ def continue_all(talk: Talk, prompts: list[str], batch_size: int) -> list[dict]:
 
 def converse(talk: Talk) -> None:
     """Answer each line of the terminal until it ends."""
-    limit = talk.model.trunk.config.max_positions
     said: list[str] = []
     for turn in itertools.count():
         try:
@@ -154,19 +162,15 @@ def converse(talk: Talk) -> None:
             return
         if not message:
             continue
-        said.append(message)
-        while len(said) > 2 and len(talk.ids(said)) + talk.max_tokens > limit:
-            del said[:2]
-            print("(the oldest question and its answer are forgotten: the conversation is too long)", file=sys.stderr)
-        answer, problem = "", "no answer"
+        answer, problem, kept = "", "no answer", []
         try:
-            answer = talk.say(talk.ids(said), turn).strip()
-        except ValueError as error:  # the message alone is too long
+            kept = talk.fitting([*said, message])
+            answer = talk.say(talk.ids(kept), turn).strip()
+        except ValueError as error:  # the message alone is too long, or the template refuses
             problem = str(error)
         if answer:
-            said.append(answer)
+            said = [*kept, answer]
         else:
-            said.pop()
             print(f"({problem})", file=sys.stderr)
 
 

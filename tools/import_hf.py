@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from pretrain import convert
-from pretrain.cli import run_tool, sigterm_as_ctrl_c
+from pretrain.cli import run_tool, stops_as_ctrl_c
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ignore", nargs="+", default=[], metavar="KEY", help="keys of config.json to leave out")
     parser.add_argument("--no-check", action="store_true", help="do not compare with transformers")
     args = parser.parse_args(argv)
-    with sigterm_as_ctrl_c():
+    with stops_as_ctrl_c():
         facts = convert.import_hf(args.folder, args.output, args.ignore, not args.no_check)
     for left_out in facts["left_out"]:
         print(f"left out: {left_out['name']} ({left_out['reason']})")

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from pretrain.cli import child, run_tool, sigterm_as_ctrl_c
+from pretrain.cli import child, run_tool, stops_as_ctrl_c
 from pretrain.data.tables import read_table
 from pretrain.files import RESULT, read_lines, write_atomically
 from pretrain.predict import Predictor
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(command: list[str], run: Path) -> None:
     """Run a command to the end of its training. A signal is passed on and waited for: the run saves before it stops."""
-    with sigterm_as_ctrl_c(), child(command, lambda process: process.terminate()) as process:
+    with stops_as_ctrl_c(), child(command, lambda process: process.terminate()) as process:
         process.wait()
     if process.returncode:
         sys.exit(process.returncode)

@@ -26,7 +26,7 @@ from pretrain.files import check_output, sha256_of_file, write_atomically
 from pretrain.prepare.documents import Counts, find_files, read_documents
 from pretrain.saved import MANIFEST
 from pretrain.tasks.embed import embed_texts
-from pretrain.vectors import Index, check, write_index
+from pretrain.vectors import Index, library, write_index
 
 LONGEST = 512  # tokens of a passage where the model does not say what it was tuned on
 SHOWN = 300  # characters of a passage on the terminal
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Cut, embed, write."""
-    check()
+    library()
     with convert.staged(args.index) as folder:
         path = args.model if (args.model / "config.json").is_file() else checkpoint.to_use(args.model)
         model, tokenizer, longest = open_model(path)

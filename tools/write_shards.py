@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.cli import run_tool, sigterm_as_ctrl_c
+from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain.data.writer import token_dtype
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in load_filters(settings.filters).notes():
         print(line)
     run = secrets.token_hex(4)
-    with sigterm_as_ctrl_c(), staging.staging_folder(output, run) as folder:
+    with stops_as_ctrl_c(), staging.staging_folder(output, run) as folder:
         plan = make_plan(folder, run, files, tokenizer, settings)
         try:
             staging.add_tokenizer(folder, tokenizer)
