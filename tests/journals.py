@@ -1,6 +1,8 @@
 """What a run has written about itself, read back."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -15,3 +17,17 @@ def journal(run: Path) -> list[dict]:
 def events(run: Path, kind: str | None = None) -> list[dict]:
     """Its events, or those of a kind."""
     return [row for row in rows_of(run / "events.jsonl") if kind in (None, row["kind"])]
+
+
+def wandb_records(run: Path) -> list[list[dict]]:
+    """What the .wandb files of a run hold, in the order of their writing: [[record, ...] a start]."""
+    found = []
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        found.append([json.loads(line) for line in lines if line.startswith("{")])
+    return found
+
+
+def wandb_history(start: list[dict]) -> list[dict]:
+    return [record["history"]["item"] for record in start if record["type"] == "history"]

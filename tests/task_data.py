@@ -73,7 +73,7 @@ def kinds(row: dict) -> list[str]:
 
 def talk(row: dict) -> list[dict]:
     """A conversation on a function."""
-    said = (row["text"], row["name"], "Which module has it?", row["module"])
+    said = (row["name"], row["text"][:40], "Where?", row["module"])
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
 
 

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from pretrain.config import to_yaml
 from pretrain.data import manifest as manifests
 from pretrain.data import opening
 from pretrain.data.tokenizer import load_tokenizer
+from pretrain.model.heads import parameter_shapes
 from pretrain.report import write_report
 from pretrain.suite import run_suite
-from tests.models import SMALL, write_weights
+from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
 
 QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
@@ -38,6 +41,24 @@ def test_suites_stand_beside_the_figures_of_all_held_out_text(tool, undisturbed)
         assert name in said
     page = write_report(undisturbed).read_text()
     assert "Tasks made of held-out text" in page and "Training text known by heart" in page and "val_loss" in page
+
+
+def test_text_that_a_model_repeats_is_known_by_heart(tuned, shards, tool, tmp_path):
+    """A model whose blocks add nothing writes the last id again and again."""
+    run, texts = tmp_path / "run", tmp_path / "texts"
+    model = replace(checkpoint.Weights(tuned / "language_model").config, max_positions=128)
+    shapes, first = parameter_shapes(model), initial_values(model, 5)
+    checkpoint.write_weights(run, model, lambda name: first(name, shapes[name]) * (".blocks." not in name))
+    for name in ("config.yaml", "tokenizer.model"):
+        shutil.copy(tuned / "language_model" / name, run)
+    shutil.copytree(Path(os.__file__).parent / "json", texts)
+    (texts / "again.py").write_text(" self" * 2000)
+    files = ["--input", texts, "--tokenizer", run / "tokenizer.model", "--val-fraction", "0.3"]
+    tool("write_shards.py", *files, "--output", tmp_path / "shards")
+    evaluate.main([str(run), "--data", str(tmp_path / "shards"), "--memorization", "--precision", "fp32"])
+    known = json.loads((run / "evaluation.json").read_text())["memorization"]
+    assert known["once"] == {"windows": known["once"]["windows"], "exact": 0.0} and known["once"]["windows"] > 20
+    assert known["11 times or more"] == {"windows": 1, "exact": 1.0}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from pretrain.predict import Predictor
 from tests.journals import events, journal, rows_of
 from tests.models import write_weights
 from tests.task_data import write_examples
+from tools import generate
 
 SETTINGS = (
     "train.precision=fp32", "train.global_batch_size=8", "train.micro_batch_size=2", "train.seq_len=64",
@@ -153,7 +155,7 @@ def test_one_rank_learns_what_two_learn(runs, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_checkpoint_is_kept_and_used(runs, case):
-    rows = [row for row in journal(runs / case) if "val_loss" in row]
+    rows = [row for row in journal(runs / case) if figures(row)]
     result = json.loads((runs / case / "result.json").read_text())
     sign = -1 if result["metric"] in ("val_loss", "val_bits_per_byte") else 1
     best = max(rows, key=lambda row: (sign * row[result["metric"]], -row["step"]))
@@ -201,9 +203,16 @@ def test_the_run_explains_itself(runs, case):
     assert source["examples"] > 0 and source["epochs"] > 0
     page, result = (folder / "report.html").read_text(), json.loads((folder / "result.json").read_text())
     assert f"The best evaluation by {words(result['metric'].removeprefix('val_'))}: step {result['step']}" in page
-    wrong = [row for row in rows_of(folder / "predictions.jsonl") if row["right"] is False]
+    wrong = [row for row in rows_of(folder / "predictions.jsonl") if row.get("right") is False]
+    is_judged = case not in ("language_model", "masked", "scored", "conversations")
+    assert ("What it got wrong" in page) == bool(wrong) == is_judged
     for row in wrong[: report.MISTAKES]:
-        assert html.escape(brief(row["prediction"])) in page
+        for name in ("gold", "prediction"):
+            assert f">{html.escape(brief(row[name]))}" in page
+    if case == "classification":
+        confusion = page.partition("Labels (rows) and what was predicted")[2].partition("</table>")[0]
+        counts = [int(count) for count in re.findall(r">(\d+)<", confusion)]
+        assert counts == [count for line in result["confusion"] for count in line] and sum(counts) == 23
 
 
 @pytest.fixture
@@ -376,16 +385,43 @@ def test_a_run_ends_when_nothing_gets_better_and_stays_ended(runs):
     assert json.loads((folder / "result.json").read_text())["step"] == 1
 
 
-def test_predictions_are_those_of_the_best_checkpoint(runs, examples):
-    folder, table = runs / "classification", read_table(str(examples["classification"] / "val.jsonl"), "--input")
-    said = rows_of(folder / "predictions.jsonl")
-    told = Predictor(folder, "fp32").outputs(table, 5, lambda count: None)
+@pytest.mark.parametrize("case, key", [("classification", "label"), ("pairs", "labels")])
+def test_predictions_are_those_of_the_best_checkpoint(runs, examples, case, key):
+    folder, table = runs / case, read_table(str(examples[case] / "val.jsonl"), "--input")
+    said, done = rows_of(folder / "predictions.jsonl"), []
+    told = Predictor(folder, "fp32").outputs(table, 5, done.append)
+    assert sum(done) == len(table.rows) and max(done) == 5
     for row, written, predicted in zip(table.rows, said, told, strict=True):
-        assert (written["text"], written["gold"], written["prediction"]) == (
-            row["text"], row["label"], predicted["label"])  # fmt: skip
+        gold = sorted(row["label"]) if key == "labels" else row["label"]
+        assert (written["text"], written["gold"], written["prediction"]) == (row["text"], gold, predicted[key])
         assert written["right"] == (written["gold"] == written["prediction"])
-    share = sum(row["right"] for row in said) / len(said)
-    assert json.loads((folder / "result.json").read_text())["figures"]["val_accuracy"] == pytest.approx(share)
+    if case == "classification":
+        share = sum(row["right"] for row in said) / len(said)
+        assert json.loads((folder / "result.json").read_text())["figures"]["val_accuracy"] == pytest.approx(share)
+
+
+def test_chat_with_a_tuned_run_or_its_export_says_what_predict_does(runs, tmp_path, capsys, transformers_here):
+    """With weights that say more than eight steps teach."""
+    run = tmp_path / "run"
+    write_weights(run, checkpoint.Weights(runs / "conversations").config, 5)
+    for name in ("config.yaml", "task.json", "tokenizer.model"):
+        shutil.copy(runs / "conversations" / name, run)
+    convert.export_hf(run, tmp_path / "exported")
+    asked = tmp_path / "asked.jsonl"
+    texts = ["What?", "Return a list", "import os", "Create a new instance of the class.", "0 1 2 3 4 5 6 7"]
+    rows = [{"prompt": text, "messages": [{"role": "user", "content": text}]} for text in texts]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictor = Predictor(run, "fp32", ["task.max_new_tokens=9"])
+    answers = predictor.outputs(read_table(str(asked), "--input"), 3, lambda count: None)
+    told = [row["response"].strip() for row in answers]
+    assert len(set(told)) > 2
+    capsys.readouterr()
+    for model in (run, tmp_path / "exported"):
+        line = [str(model), "--chat", "--temperature", "0", "--max-tokens", "9"]
+        generate.main([*line, "--input", str(asked), "--text-key", "prompt"])
+        assert [json.loads(row)["text"] for row in capsys.readouterr().out.splitlines()] == told
+        generate.main([*line, "--prompt", texts[0]])
+        assert capsys.readouterr().out.strip() == told[0]
 
 
 def test_a_tar_of_examples_is_the_same_data(check, examples, tmp_path):

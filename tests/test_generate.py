@@ -260,6 +260,30 @@ def test_the_tool_talks_and_remembers_what_was_said(undisturbed, capsys, monkeyp
     assert ran(capsys, undisturbed, *settings, "--prompt", "import what?") == f"{expected[0]}\n"
 
 
+def test_text_is_written_as_it_comes(undisturbed, monkeypatch):
+    """More than half of the pieces are out before the last ids are computed."""
+    told, computed = [], []
+
+    class Terminal(io.StringIO):
+        def flush(self):
+            told.append((len(computed), self.getvalue()))
+
+    inner = generate.continue_text
+
+    def counted(*arguments, **options):
+        for piece in inner(*arguments, **options):
+            computed.append(piece)
+            yield piece
+
+    monkeypatch.setattr(generate, "continue_text", counted)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    generate_tool.main([str(undisturbed), "--prompt", "import ", "--max-tokens", "30"])
+    assert len(computed) > 15
+    assert [text for _, text in told[: len(computed)]] == ["import " + "".join(computed[: number + 1])
+                                                           for number in range(len(computed))]  # fmt: skip
+    assert [count for count, _ in told[: len(computed)]] == list(range(1, len(computed) + 1))
+
+
 def test_a_conversation_that_is_too_long_loses_its_beginning(undisturbed, loaded, capsys, monkeypatch):
     model, tokenizer = loaded
     words = 60 * model.trunk.config.max_positions // len(tokenizer.encode("word " * 100))

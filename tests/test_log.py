@@ -18,7 +18,7 @@ import pytest
 from pretrain import log as log_module
 from pretrain.config import LogConfig
 from pretrain.log import Log
-from tests.journals import events, journal
+from tests.journals import events, journal, wandb_history, wandb_records
 
 REPO = Path(__file__).parent.parent
 KEY = "d1" * 20  # shaped like an API key
@@ -196,20 +196,6 @@ def wandb_home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def records(run_dir):
-    """What the .wandb files of a run hold, in the order of their writing: [[record, ...] a start]."""
-    found = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-        found.append([json.loads(line) for line in lines if line.startswith("{")])
-    return found
-
-
-def history(start):
-    return [record["history"]["item"] for record in start if record["type"] == "history"]
-
-
 def files_with(text, folder):
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
@@ -227,11 +213,11 @@ def test_wandb_offline_resumed_keeps_its_id_and_sends_each_step_once(wandb_home,
         log.row(row(step))
     log.close()
 
-    first, second = records(run_dir)
-    assert [item["step"] for item in history(first)] == [1, 2, 3, 4, 5, 6, 7]
-    assert [item["step"] for item in history(second)] == [8, 9, 10]
-    assert [item["_step"] for item in history(second)] == [8, 9, 10]  # else a sync would drop them
-    assert history(first)[2]["loss"] == 1 / 3 and history(first)[2]["tokens"] == 192
+    first, second = wandb_records(run_dir)
+    assert [item["step"] for item in wandb_history(first)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [item["step"] for item in wandb_history(second)] == [8, 9, 10]
+    assert [item["_step"] for item in wandb_history(second)] == [8, 9, 10]  # else a sync would drop them
+    assert wandb_history(first)[2]["loss"] == 1 / 3 and wandb_history(first)[2]["tokens"] == 192
     runs = [record["run"] for record in first + second if record["type"] == "run"]
     assert len(runs) == 2 and runs[0]["run_id"] == runs[1]["run_id"] and runs[0]["project"] == "tests"
     assert runs[0]["config"]["update"]["optim"] == {"lr": 0.25} and runs[0]["display_name"] == "small"
@@ -255,8 +241,8 @@ def test_rows_of_a_time_without_wandb_are_sent_when_it_is_there(wandb_home):
     log = open_log(run_dir, start_step=4, wandb="offline")
     log.row(row(5))
     log.close()
-    (start,) = records(run_dir)
-    assert [item["step"] for item in history(start)] == [1, 2, 3, 4, 5]
+    (start,) = wandb_records(run_dir)
+    assert [item["step"] for item in wandb_history(start)] == [1, 2, 3, 4, 5]
 
 
 def test_wandb_online_and_unreachable_goes_on_offline(wandb_home, monkeypatch, capfd):
@@ -269,8 +255,8 @@ def test_wandb_online_and_unreachable_goes_on_offline(wandb_home, monkeypatch, c
     assert time.monotonic() - began < 20
     (event,) = events(wandb_home / "run", "wandb")
     assert "online failed" in event["problem"] and event["instead"] == "offline"
-    (start,) = records(wandb_home / "run")
-    assert [item["step"] for item in history(start)] == [1]
+    (start,) = wandb_records(wandb_home / "run")
+    assert [item["step"] for item in wandb_history(start)] == [1]
     assert not files_with(KEY, wandb_home)
     assert capfd.readouterr() == ("", "")
 
@@ -338,7 +324,7 @@ def test_wandb_online_without_a_key_does_not_ask_for_one(wandb_home):
     log.close()
     (event,) = events(wandb_home / "run", "wandb")
     assert "set WANDB_API_KEY" in event["problem"] and event["instead"] == "offline"
-    assert [item["step"] for item in history(records(wandb_home / "run")[0])] == [1]
+    assert [item["step"] for item in wandb_history(wandb_records(wandb_home / "run")[0])] == [1]
 
 
 def test_wandb_in_trouble_during_a_run_is_told_once_and_training_goes_on(wandb_home):

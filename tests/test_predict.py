@@ -133,6 +133,8 @@ def test_a_model_with_one_output_is_for_no_task(tmp_path):
     hf = {"id2label": {"0": "LABEL_0"}, "problem_type": "regression"}
     model = compose.compose("pretrain", ["run.name=x", "model=bert_base", "train.seq_len=512"]).model
     assert source.task_of_config(hf, replace(model, head="sequence", labels=1)) == {}
+    several = hf | {"problem_type": "multi_label_classification"}
+    assert source.task_of_config(several, replace(model, head="sequence", labels=1))["multi_label"]
     hf["id2label"]["1"] = "LABEL_1"
     assert source.task_of_config(hf, replace(model, head="sequence", labels=2))["name"] == "classification"
 
@@ -175,8 +177,8 @@ def test_the_command_writes_rows_with_their_predictions(runs, rows, tmp_path, ca
     output = tmp_path / "out.jsonl"
     line = [str(runs / "classification"), "--input", str(rows), "--precision", "fp32"]
     predict.main([*line, "--output", str(output), "--score"])
-    said = capsys.readouterr().out
-    assert f"50 predictions in {output}" in said and "macro_f1" in said
+    said, progress = capsys.readouterr()
+    assert f"50 predictions in {output}" in said and "macro_f1" in said and "50/50" in progress
     expected = [row | {"prediction": one} for row, one in zip(ROWS, told(runs / "classification", rows), strict=True)]
     assert [json.loads(line) for line in output.read_text().splitlines()] == expected
     predict.main([line[0], "task.text=kind", *line[1:]])

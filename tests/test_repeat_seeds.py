@@ -13,7 +13,7 @@ from pretrain import compose
 from pretrain.data.tables import read_table
 from pretrain.predict import Predictor
 from tests.conftest import ROOT, TINY
-from tests.journals import events
+from tests.journals import events, journal, wandb_history, wandb_records
 from tests.task_data import functions
 from tools import repeat_seeds
 
@@ -65,7 +65,7 @@ def test_a_run_that_was_stopped_is_not_judged(tmp_path):
 def test_each_seed_is_a_run_and_the_figures_are_of_all(files, shards, tool, tmp_path):
     command = [
         sys.executable, "-m", "pretrain.finetune", "--drop-bad", "task=classification", *TINY, "train.steps=2",
-        f"data.tokenizer={shards}", f"data.train={files}/train.jsonl", f"data.val={files}/val.jsonl",
+        "log=offline", f"data.tokenizer={shards}", f"data.train={files}/train.jsonl", f"data.val={files}/val.jsonl",
         f"run.root={tmp_path}", "run.name=mood",
     ]  # fmt: skip
     test = files / "test.jsonl"
@@ -76,6 +76,13 @@ def test_each_seed_is_a_run_and_the_figures_are_of_all(files, shards, tool, tmp_
         assert compose.read(run / "config.yaml").seed == seed
         (source,) = events(run, "source")
         assert source["examples"] == 16 and source["dropped"] == 1
+        (started,) = wandb_records(run)
+        (step,) = [row for row in wandb_history(started) if "val_macro_f1" in row]
+        assert step["step"] == 2 and step["val_loss"] == journal(run)[-1]["val_loss"]
+        best = json.loads((run / "result.json").read_text())["figures"]["val_macro_f1"]
+        assert (
+            f"{run.name}: best macro_f1 at step 2 (loss " in said and f"macro_f1 {best:.4f}); {run}/result.json" in said
+        )
     losses = [json.loads((run / "result.json").read_text())["figures"]["val_loss"] for run in runs]
     kept = json.loads((tmp_path / "mood-seeds.json").read_text())
     assert kept["seeds"] == [3, 4] and kept["figures"]["val_loss"] == losses and losses[0] != losses[1]

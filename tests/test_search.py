@@ -104,6 +104,17 @@ def test_the_tool_makes_an_index_and_finds_a_passage_by_its_own_text(runs, tmp_p
     assert all(entry["results"][0]["text"] == entry["query"] for entry in found)
 
 
+def test_the_tool_reads_a_folder_of_texts(runs, tmp_path, capsys):
+    for name, text in (("a.txt", "import os"), ("sub/b.md", "class A: pass")):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(text)
+    line = [str(runs / "tuned"), "--index", str(tmp_path / "index")]
+    search.main([*line, "--texts", str(tmp_path / "texts")])
+    assert "2/2" in capsys.readouterr().err
+    search.main([*line, "--query", "class A: pass", "--top", "1"])
+    assert f"1.000  {tmp_path}/texts/sub/b.md" in " ".join(capsys.readouterr().out.split(" "))
+
+
 def test_an_index_of_other_weights_is_refused(runs, tmp_path):
     index, tuned, texts = str(tmp_path / "index"), str(runs / "tuned"), ["--texts", str(tmp_path / "a.txt")]
     (tmp_path / "a.txt").write_text("import os")
