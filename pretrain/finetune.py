@@ -54,7 +54,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     return entry.Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream, collate=task.collate, loss_rows=task.loss_rows,
         validation=validation,
-        flops_per_token=functools.partial(flops_per_token, model),
+        flops_per_token=functools.partial(flops_per_token, model, frozen=tuning.frozen_layers(cfg.tuning, model)),
         identity=identity,
         changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
         find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,

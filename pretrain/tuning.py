@@ -7,7 +7,7 @@ from pretrain.config import ModelConfig, TuningConfig
 
 def trainable(config: TuningConfig, model: ModelConfig) -> Callable[[str], bool]:
     """Whether a parameter learns. Under `lora` the model says so itself (`model.lora`)."""
-    first = model.layers - config.last_layers
+    first = frozen_layers(config, model)
 
     def learns(name: str) -> bool:
         if config.method in ("full", "lora") or not name.startswith("trunk."):
@@ -22,6 +22,11 @@ def trainable(config: TuningConfig, model: ModelConfig) -> Callable[[str], bool]
     if config.method == "head" and model.head == "embedding":
         raise ValueError("tuning=head: an embedding has no weights of its own above the trunk: take tuning=last_layers")
     return learns
+
+
+def frozen_layers(config: TuningConfig, model: ModelConfig) -> int:
+    """How many of the lowest blocks have nothing that learns, in them or below."""
+    return {"head": model.layers, "last_layers": model.layers - config.last_layers}.get(config.method, 0)
 
 
 def lr_scale(config: TuningConfig, model: ModelConfig) -> Callable[[str], float]:

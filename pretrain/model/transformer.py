@@ -229,9 +229,9 @@ class Transformer(nn.Module):
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0, frozen: int = 0) -> float:
     """Forward and backward FLOPs a token: 6 a matrix weight (4 under LoRA, which has no gradient of it), and full
-    attention's 12 x layers x width x seq_len.
+    attention's 12 x layers x width x seq_len. The `frozen` lowest layers have no backward pass: a third of that.
 
     The output projection counts, the embedding look-up does not (Kaplan et al., 2020; Chowdhery et al., PaLM, 2022).
     `predicted`: the share of the positions whose logits are computed. Sliding windows are counted as full attention.
@@ -242,5 +242,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0) -
     head = 0.0
     if config.head == "lm":
         head = predicted * config.width * (config.vocab_size + (config.width if config.head_transform else 0))
-    a_weight = 4.0 if config.lora_rank else 6.0
-    return a_weight * (config.layers * (attention + ffn) + head) + 12.0 * config.layers * inner * seq_len
+    a_weight, learning = 4.0 if config.lora_rank else 6.0, config.layers - frozen
+    forward = frozen * (2.0 * (attention + ffn) + 4.0 * inner * seq_len)
+    return forward + a_weight * (learning * (attention + ffn) + head) + 12.0 * learning * inner * seq_len
