@@ -166,12 +166,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
         peak_tflops=peak * ranks.world_size / 1e12,
     )  # fmt: skip
-    if cfg.init and not found:
-        log.event("initialised", init=cfg.init, anew=list(plan.new_parameters))
-    for facts in plan.stream.summary(cfg.train.steps):
-        log.event("source", **facts)
-    for phase in plan.stream.phases[1:]:
-        log.event("phase", **asdict(phase))
+    tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
     facts = {"model": asdict(plan.model), "flops_per_token": plan.flops_per_token}
@@ -189,6 +184,16 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
             log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
         log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
         log.close()
+
+
+def tell_contents(plan: Plan, log: Log, is_new: bool) -> None:
+    """Events of what a run starts from and of what it reads."""
+    if plan.config.init and is_new:
+        log.event("initialised", init=plan.config.init, anew=list(plan.new_parameters))
+    for facts in plan.stream.summary(plan.config.train.steps):
+        log.event("source", **facts)
+    for phase in plan.stream.phases[1:]:
+        log.event("phase", **asdict(phase))
 
 
 def best_so_far(plan: Plan, ranks: dist.Ranks) -> Best | None:
