@@ -94,10 +94,8 @@ def with_known_labels(cfg: Config, task: Task, others: tuple, ranks: dist.Ranks)
     if cfg.task.labels is not None or not task.labels or not set(task.labels) <= set(known := known_labels(cfg)):
         return task
     if ranks.is_main and (absent := [label for label in known if label not in task.labels]):
-        listed = ", ".join(absent)
-        print(
-            f"the head keeps labels that data.train has not: {listed} (task.labels=[...] drops them)", file=sys.stderr
-        )
+        kept = f"the head keeps labels that data.train has not: {', '.join(absent)} (task.labels=[...] drops them)"
+        print(kept, file=sys.stderr)
     return make_task(replace(cfg.task, labels=known), *others)
 
 
