@@ -415,13 +415,15 @@ def test_chat_with_a_tuned_run_or_its_export_says_what_predict_does(runs, tmp_pa
     answers = predictor.outputs(read_table(str(asked), "--input"), 3, lambda count: None)
     told = [row["response"].strip() for row in answers]
     assert len(set(told)) > 2
-    capsys.readouterr()
+    generate.main([str(runs / "instruct"), "--chat", "--prompt", "x", "--max-tokens", "1"])
+    assert "was tuned on prompts as they are" in capsys.readouterr().err
     for model in (run, tmp_path / "exported"):
         line = [str(model), "--chat", "--temperature", "0", "--max-tokens", "9"]
         generate.main([*line, "--input", str(asked), "--text-key", "prompt"])
         assert [json.loads(row)["text"] for row in capsys.readouterr().out.splitlines()] == told
         generate.main([*line, "--prompt", texts[0]])
-        assert capsys.readouterr().out.strip() == told[0]
+        out, err = capsys.readouterr()
+        assert out.strip() == told[0] and "was tuned on" not in err
 
 
 def test_a_tar_of_examples_is_the_same_data(check, examples, tmp_path):

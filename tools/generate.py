@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.output)
     prompts = read_prompts(args.input, args.text_key) if args.input else args.prompt or [""]
     model, tokenizer = load(args.run, args.precision)
+    if args.chat and convert.task_of(args.run).get("chat") is False:
+        print(f"({args.run} was tuned on prompts as they are: without --chat it reads what it has learnt from)",
+              file=sys.stderr)  # fmt: skip
     talk = Talk(model, tokenizer, args)
     if args.input:
         rows = continue_all(talk, prompts, args.batch_size)
