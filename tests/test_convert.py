@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pretrain import checkpoint, compose, convert, hardware, parity, source  # noqa: E402
-from pretrain.cli import uninterrupted  # noqa: E402
+from pretrain.cli import STOP_SIGNALS, uninterrupted  # noqa: E402
 from pretrain.config import ModelConfig  # noqa: E402
 from pretrain.data import fast  # noqa: E402
 from pretrain.data.chat import ChatFormat  # noqa: E402
@@ -525,17 +525,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", STOP_SIGNALS)
 def test_a_signal_waits_for_the_end_of_what_must_be_whole(sent):
     done = []
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), sent)
         time.sleep(0.01)
         done.append(True)
-    assert done and [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert done and [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    ignored = signal.signal(sent, signal.SIG_IGN)
     with uninterrupted():
-        pass
+        os.kill(os.getpid(), sent)
+        assert signal.getsignal(sent) is signal.SIG_IGN, "what is started meanwhile ignores it too"
+    signal.signal(sent, ignored)
 
 
 def test_interrupted_while_transformers_computes_neither_it_nor_a_file_is_left(run, environment, tmp_path):

@@ -261,7 +261,7 @@ def test_the_tool_talks_and_remembers_what_was_said(undisturbed, capsys, monkeyp
 
 
 def test_text_is_written_as_it_comes(undisturbed, monkeypatch):
-    """More than half of the pieces are out before the last ids are computed."""
+    """Each piece is out before the next one is computed."""
     told, computed = [], []
 
     class Terminal(io.StringIO):

@@ -1,7 +1,6 @@
 """tools/repeat_seeds.py through real runs: two seeds, judged on examples that no run has seen."""
 
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 import pytest
 
 from pretrain import compose
+from pretrain.cli import STOP_SIGNALS
 from pretrain.data.tables import read_table
 from pretrain.predict import Predictor
 from tests.conftest import ROOT, TINY
@@ -30,9 +30,11 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", STOP_SIGNALS)
 def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
-    """The command takes a second to save; only then does the tool end, and starts no other seed."""
+    """The command takes a second to save; only then does the tool end, also when more signals come, and starts no other
+    seed.
+    """
     script = (
         "import pathlib, signal, sys, time; root = pathlib.Path(sys.argv[1]); (root / 'started').touch()\n"
         "def save(*_): time.sleep(1); (root / 'saved').touch(); sys.exit(0)\n"
@@ -44,7 +46,9 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
             assert process.poll() is None
             time.sleep(0.05)
         (tmp_path / "started").unlink()
-        process.send_signal(sent)
+        for _ in range(3):
+            process.send_signal(sent)
+            time.sleep(0.2)
         assert process.wait(30) == 130 and "interrupted" in process.stderr.read()
     assert (tmp_path / "saved").exists() and not (tmp_path / "started").exists()
 

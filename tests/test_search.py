@@ -112,7 +112,8 @@ def test_the_tool_reads_a_folder_of_texts(runs, tmp_path, capsys):
     search.main([*line, "--texts", str(tmp_path / "texts")])
     assert "2/2" in capsys.readouterr().err
     search.main([*line, "--query", "class A: pass", "--top", "1"])
-    assert f"1.000  {tmp_path}/texts/sub/b.md" in " ".join(capsys.readouterr().out.split(" "))
+    found = capsys.readouterr().out
+    assert f"1.000  {tmp_path}/texts/sub/b.md" in found and "a.txt" not in found
 
 
 def test_an_index_of_other_weights_is_refused(runs, tmp_path):
