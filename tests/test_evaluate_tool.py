@@ -5,6 +5,10 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from pretrain.data.tokenizer import load_tokenizer
 from pretrain.model.heads import parameter_shapes
 from pretrain.report import write_report
 from pretrain.suite import run_suite
+from tests.conftest import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
 
@@ -99,20 +104,51 @@ def test_batches_of_examples_are_not_shown(tuned):
         show_batches.main([str(tuned / "embedding"), "--step", "1"])
 
 
-def test_the_harness_runs_alone_also_under_a_launcher(tmp_path, monkeypatch):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    (tmp_path / "lm_eval").mkdir()
-    (tmp_path / "lm_eval" / "tasks.py").write_text(
+def write_harness(folder: Path, body: str) -> None:
+    """A package in the harness's place, with one task, whose evaluation is `body`."""
+    (folder / "lm_eval").mkdir()
+    (folder / "lm_eval" / "tasks.py").write_text(
         "class TaskManager:\n    all_tasks = ['it']\n    def __init__(self, **given):\n        pass\n"
     )
-    (tmp_path / "lm_eval" / "__init__.py").write_text(
-        f"import os\ndef simple_evaluate(**asked):\n    seen = sum(name in os.environ for name in {names})\n"
-        "    return {'results': {'it': {'launched,none': seen, 'sample_len': asked['limit']}}}\n"
+    (folder / "lm_eval" / "__init__.py").write_text(f"def simple_evaluate(**asked):\n{textwrap.indent(body, '    ')}")
+
+
+def test_the_harness_runs_alone_also_under_a_launcher(tmp_path, monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    write_harness(
+        tmp_path,
+        f"""import os
+seen = sum(name in os.environ for name in {names})
+return {{'results': {{'it': {{'launched,none': seen, 'sample_len': asked['limit']}}}}}}
+""",
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name in names:
         monkeypatch.setenv(name, "1")
     assert harness.evaluate(tmp_path, "float32", ["it"], None, 3) == {"it": {"launched": 0, "items": 3}}
+
+
+def test_the_harness_ends_with_the_tool(tmp_path, environment):
+    begun = tmp_path / "begun"
+    write_harness(
+        tmp_path,
+        f"""import os, pathlib, time
+new = pathlib.Path({str(begun) + ".new"!r})
+new.write_text(str(os.getpid()))
+new.rename({str(begun)!r})
+time.sleep(60)
+""",
+    )
+    (tmp_path / "config.json").write_text("{}")
+    line = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(tmp_path), "--tasks", "it", "--precision", "fp32"]
+    path = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    with subprocess.Popen(line, env=environment | {"PYTHONPATH": path}) as process:
+        while not begun.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 130
+    assert not Path(f"/proc/{begun.read_text()}").exists()
 
 
 def write_task(folder) -> None:
