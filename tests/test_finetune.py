@@ -15,6 +15,7 @@ import transformers
 
 from pretrain import checkpoint, compose, convert, dist, entry, finetune, report
 from pretrain.config import Config
+from pretrain.data.objectives import IGNORE
 from pretrain.data.tables import read_table
 from pretrain.model.heads import build_model
 from pretrain.page import brief, words
@@ -231,6 +232,33 @@ def check(models, examples, tmp_path, monkeypatch):
         return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), dist.ALONE)
 
     return run
+
+
+@pytest.mark.parametrize("case", ["classification", "token_classification", "extractive_qa", "instruct"])
+def test_a_batch_of_a_run_costs_in_transformers_what_it_costs_here(check, runs, tmp_path, case, transformers_here):
+    """The task's own batch and loss, from the texts on; the gradient of the embeddings hears of all that is above."""
+    convert.export_hf(runs / case, tmp_path / "exported")
+    line = (f"init={runs / case}", "data.packing=none", "task.drop_bad=true")
+    plan, count = check(case, *line), 1 if case == "extractive_qa" else 4
+    batch = {name: torch.from_numpy(part) for name, part in plan.collate(plan.stream.rows(np.arange(count))).items()}
+    labels, ours = batch["labels"], convert.load_model(runs / case).requires_grad_()
+    loss = plan.loss_rows(ours, **batch).sum() / (labels != IGNORE).sum()
+    theirs = getattr(transformers, CASES[case][1]).from_pretrained(tmp_path / "exported").eval()
+    inputs = {"input_ids": batch["inputs"]}
+    if "segments" in batch:
+        inputs["token_type_ids"] = batch["segments"].long()
+    if case == "instruct":  # what follows each token is its label here already; what looks back needs no mask
+        asked = {"labels": labels, "shift_labels": labels}
+    elif case == "extractive_qa":  # one row: in a batch, padding takes part in their softmax
+        asked = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]}
+    else:
+        asked = {"labels": labels, "attention_mask": batch["documents"] + 1}
+    expected = theirs(**inputs, **asked).loss
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    loss.backward()
+    expected.backward()
+    found, right = ours.trunk.embedding.weight.grad, theirs.get_input_embeddings().weight.grad
+    assert torch.allclose(found[: len(right)], right[: len(found)], rtol=0, atol=1e-4 * float(right.abs().max()))
 
 
 GOOD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
