@@ -8,6 +8,7 @@ MASTER_PORT; without them the process is a world of its own.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -77,6 +78,16 @@ def all_gather_objects(value: Any, group: torch_dist.ProcessGroup | None = None)
     values = [None] * torch_dist.get_world_size(group)
     torch_dist.all_gather_object(values, value, group=group)
     return values
+
+
+def agree(action: Callable[[], object], group: torch_dist.ProcessGroup | None = None) -> str | None:
+    """Run `action` on every rank; the first error of any of them in words, the same on all, or None."""
+    error = None
+    try:
+        action()
+    except Exception as failure:  # whatever it is, the other ranks must hear of it instead of waiting
+        error = f"{type(failure).__name__}: {failure}"
+    return next(filter(None, all_gather_objects(error, group)), None)
 
 
 def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:

@@ -13,17 +13,28 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, config, convert, dist, engine, generate, hardware, loop, report
-from pretrain.config import Config, ModelConfig
-from pretrain.data.stream import DataError, Stream
-from pretrain.data.tasks import ExampleStream
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.evaluate import Best, Evaluation
+from pretrain import dist, hardware, loop
+from pretrain.checkpoint import load
+from pretrain.checkpoint.load import Weights, load_model, read_header
+from pretrain.checkpoint.manifest import committed, step_folder
+from pretrain.checkpoint.save import Checkpoints
+from pretrain.config import compose
+from pretrain.config.schema import Config, ModelConfig, accumulation_steps, differences, to_yaml
+from pretrain.engine.engine import Engine, LossRows
+from pretrain.engine.fragments import WEIGHT
+from pretrain.engine.settings import deepspeed_config
+from pretrain.evaluation.validation import Best, Evaluation
+from pretrain.examples.stream import ExampleStream
 from pretrain.files import RESULT, write_atomically
 from pretrain.guard import Guard
-from pretrain.log import Log
+from pretrain.hub import convert
+from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
+from pretrain.report import page
+from pretrain.report.log import Log
+from pretrain.stream.stream import DataError, Stream
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Plan:
     tokenizer: Tokenizer
     stream: Stream | ExampleStream
     collate: Callable  # rows of the stream -> a batch
-    loss_rows: engine.LossRows
+    loss_rows: LossRows
     validation: Evaluation | None
     flops_per_token: Callable[[float], float]  # of a sequence length
     identity: dict  # of the data: another one is another run
@@ -99,7 +110,7 @@ def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
 
 def begins(cfg: Config) -> bool:
     """Whether the run has no checkpoint to go on from."""
-    return not checkpoint.committed(cfg.run.folder / "checkpoints")
+    return not committed(cfg.run.folder / "checkpoints")
 
 
 def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) -> tuple[str, ...]:
@@ -107,8 +118,8 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     heads of another shape.
     """
     weights, new = convert.open_model(Path(cfg.init)), []
-    if isinstance(weights, checkpoint.Weights):
-        checkpoint.verify(weights.checkpoint, ranks)
+    if isinstance(weights, Weights):
+        load.verify(weights.checkpoint, ranks)
     for name, shape in parameter_shapes(model).items():
         found = weights.shapes.get(name)
         if found == shape:
@@ -128,7 +139,7 @@ def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
         raise ValueError(f"{folder} exists and is not a run: choose another run.name")
     if cfg.resume == "never":
         raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
-    safe, unsafe = config.differences(compose.read(folder / "config.yaml"), cfg)
+    safe, unsafe = differences(compose.read(folder / "config.yaml"), cfg)
     data_file = folder / "data.json"
     before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
     changed = [key for key, value in identity.items() if before.get(key) != value]
@@ -154,7 +165,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     peak, peak_source = hardware.peak_flops(device, precision)
     trainer = build_engine(plan, precision, ranks, device)
     rejected: list[dict] = []
-    found = checkpoint.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
+    found = load.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
     if not found and plan.new_parameters is None:  # none of its checkpoints is whole
         plan = replace(plan, new_parameters=plan.find_new())
     start_step = start_from(found, trainer, plan)
@@ -168,7 +179,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     )  # fmt: skip
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
     facts = {"model": asdict(plan.model), "flops_per_token": plan.flops_per_token}
     facts["peak_flops"] = peak * ranks.world_size
     if start_step >= cfg.train.steps:
@@ -182,7 +193,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
             write_sample(plan, step)
         if best and best.step is not None:
             log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
-        log.event("end", step=step, of=cfg.train.steps, report=str(report.write_report(folder)))
+        log.event("end", step=step, of=cfg.train.steps, report=str(page.write_report(folder)))
         log.close()
 
 
@@ -212,7 +223,7 @@ def write_run_folder(plan: Plan) -> None:
     """The resolved config, what identifies the data, the tokenizer and the environment: the run explains itself."""
     plan.config.run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in {
-        "config.yaml": config.to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
+        "config.yaml": to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
         "data.json": json.dumps(plan.identity, indent=1).encode(),
         plan.tokenizer.file_name: plan.tokenizer.file_bytes,
         "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
@@ -221,12 +232,12 @@ def write_run_folder(plan: Plan) -> None:
         write_atomically(plan.config.run.folder / name, content)
 
 
-def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
+def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.device) -> Engine:
     """The model under DeepSpeed, with weights still to be filled in (`start_from`)."""
     cfg, batch, micro = plan.config, plan.config.train.global_batch_size, plan.config.train.micro_batch_size
-    accumulation = config.accumulation_steps(cfg.train, ranks.world_size)
+    accumulation = accumulation_steps(cfg.train, ranks.world_size)
     clip = cfg.optim.grad_clip
-    settings = engine.deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
+    settings = deepspeed_config(cfg.deepspeed, batch, micro, accumulation, clip, precision)
 
     def build() -> torch.nn.Module:
         model = build_model(plan.model, cfg.train.activation_checkpointing)
@@ -234,20 +245,20 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
             parameter.requires_grad_(parameter.requires_grad and plan.trainable(name))
         return model
 
-    return engine.Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale)
+    return Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale)
 
 
-def start_from(found: Path | None, trainer: engine.Engine, plan: Plan) -> int:
+def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
     """Fill the engine from a checkpoint, or from `init`, or with initial values; returns the steps done."""
     if found is not None:
-        before = checkpoint.read_header(found)
+        before = read_header(found)
         plan.stream.resume(before.state, before.step)
-        header = checkpoint.load(found, trainer.fragments())
+        header = load.fill(found, trainer.fragments())
         trainer.refresh(header.optimizer_steps)
         return header.step
     weights = convert.open_model(Path(plan.config.init)) if plan.config.init else None
     for fragment in trainer.fragments():
-        if fragment.kind != engine.WEIGHT:
+        if fragment.kind != WEIGHT:
             continue
         if weights and fragment.name not in plan.new_parameters:
             fragment.values.copy_(weights.read_range(fragment.name, fragment.offset, fragment.values.numel()))
@@ -263,7 +274,7 @@ def write_sample(plan: Plan, step: int) -> None:
     settings, folder = plan.config.log, plan.config.run.folder
     if settings.sample_tokens == 0 or not plan.model.causal or plan.model.head != "lm":
         return
-    model = checkpoint.load_model(checkpoint.step_folder(folder / "checkpoints", step))
+    model = load_model(step_folder(folder / "checkpoints", step))
     text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
     with open(folder / "samples.jsonl", "a") as file:
         sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}

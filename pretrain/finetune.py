@@ -13,24 +13,28 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import checkpoint, compose, config, convert, dist, engine, entry, tuning
-from pretrain.config import Config, ModelConfig
-from pretrain.data.tables import read_table
-from pretrain.data.tasks import ExampleStream
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain import dist, entry, tuning
+from pretrain.checkpoint.load import run_of
+from pretrain.config import compose
+from pretrain.config.schema import Config, ModelConfig, accumulation_steps, with_steps
+from pretrain.engine.settings import check_extra
+from pretrain.examples.stream import ExampleStream
+from pretrain.examples.tables import read_table
 from pretrain.files import TASK
+from pretrain.hub import convert
+from pretrain.hub.families import fitting_head
 from pretrain.model.heads import parameter_shapes
-from pretrain.model.hf import fitting_head
 from pretrain.model.transformer import flops_per_token
 from pretrain.tasks import Task, make_task
 from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Read and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
-    config.accumulation_steps(cfg.train, ranks.world_size)
-    engine.check_extra(cfg.deepspeed)
+    accumulation_steps(cfg.train, ranks.world_size)
+    check_extra(cfg.deepspeed)
     if not cfg.data.sources:
         raise ValueError("data.train has no value: give a file of examples")
     tokenizer = open_tokenizer(cfg)
@@ -43,7 +47,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     task.weigh(examples)
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
     files = {TASK: (json.dumps(task.described(), indent=1, ensure_ascii=False) + "\n").encode()}
-    cfg = config.with_steps(cfg, len(examples))
+    cfg = with_steps(cfg, len(examples))
     model = tuned_model(cfg, task, base)
     if model.head != "lm" and (cfg.objective.name != "causal_lm" or cfg.objective.z_loss):
         raise ValueError(f"objective is for language models: leave it as it is with task={cfg.task.name}")
@@ -86,7 +90,7 @@ def open_tokenizer(cfg: Config) -> Tokenizer:
     if cfg.data.tokenizer:
         raise ValueError(f"init={cfg.init} brings its own tokenizer: leave data.tokenizer out")
     goes_on = (cfg.run.folder / "config.yaml").is_file() and not Path(cfg.init).exists()
-    return load_tokenizer(cfg.run.folder if goes_on else checkpoint.run_of(Path(cfg.init)))
+    return load_tokenizer(cfg.run.folder if goes_on else run_of(Path(cfg.init)))
 
 
 def with_known_labels(cfg: Config, task: Task, others: tuple, ranks: dist.Ranks) -> Task:

@@ -6,7 +6,7 @@ import signal
 import torch
 
 from pretrain.cli import STOP_SIGNALS
-from pretrain.config import GuardConfig
+from pretrain.config.schema import GuardConfig
 from pretrain.dist import all_gather_tensor
 
 

@@ -6,22 +6,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from pretrain import checkpoint, optim
-from pretrain.config import Config, at_step
-from pretrain.data.objectives import IGNORE
-from pretrain.data.order import hash_key
-from pretrain.data.stream import Rows, Stream, batch_hash
-from pretrain.data.tasks import ExampleRows, ExampleStream
+from pretrain import optim
+from pretrain.checkpoint.manifest import Header
+from pretrain.checkpoint.save import Checkpoints
+from pretrain.config.schema import Config, at_step
 from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor
-from pretrain.engine import Engine, MicroBatch
-from pretrain.evaluate import Best, Evaluation
+from pretrain.engine.engine import Engine, MicroBatch
+from pretrain.evaluation.validation import Best, Evaluation
+from pretrain.examples.stream import ExampleRows, ExampleStream
 from pretrain.guard import Guard
-from pretrain.log import Log
+from pretrain.report.log import Log
+from pretrain.stream.objectives import IGNORE
+from pretrain.stream.order import hash_key
+from pretrain.stream.stream import Rows, Stream, batch_hash
 
 
 def train_loop(
     config: Config, engine: Engine, stream: Stream | ExampleStream, collate: Callable, validation: Evaluation | None,
-    best: Best | None, checkpoints: checkpoint.Checkpoints, guard: Guard, log: Log, ranks: Ranks, model_facts: dict,
+    best: Best | None, checkpoints: Checkpoints, guard: Guard, log: Log, ranks: Ranks, model_facts: dict,
     start_step: int,
 ) -> int:  # fmt: skip
     """Train from `start_step` to `config.train.steps`, to a stop signal, or until nothing got better for long enough;
@@ -60,7 +62,7 @@ def train_loop(
         checkpoints.poll()
         if stopped or is_best or due(step, train.save_every, train.steps):
             state = agree_on_state(stream, step, told, log)
-            header = checkpoint.Header(step, config.optim.name, engine.optimizer_steps, state, model_facts["model"])
+            header = Header(step, config.optim.name, engine.optimizer_steps, state, model_facts["model"])
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
             checkpoints.save(header, engine.fragments_to_save(), best.step if best else None)
     batches.close()

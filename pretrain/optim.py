@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from pretrain.config import OptimConfig, ScheduleConfig
+from pretrain.config.schema import OptimConfig, ScheduleConfig
 
 # The tensors each optimizer keeps for a parameter, all of the parameter's size, besides its step count.
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq")}

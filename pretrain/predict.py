@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, convert, dist, hardware
-from pretrain.config import Config
-from pretrain.data.tables import Table
-from pretrain.data.tokenizer import load_tokenizer
+from pretrain import dist, hardware
+from pretrain.checkpoint.load import run_of
+from pretrain.config import compose
+from pretrain.config.schema import Config
+from pretrain.examples.tables import Table
+from pretrain.hub import convert
 from pretrain.tasks import make_task
 from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation, predict
+from pretrain.tokenizer.tokenizer import load_tokenizer
 
 THE_MODELS_OWN = ("name", "labels", "multi_label", "pooling")  # settings that belong to what the weights were tuned for
 
@@ -28,7 +31,7 @@ class Predictor:
         """
         config, self.device = settings(run, overrides), dist.device_of()
         self.model = convert.load_model(run).to(self.device, hardware.dtype_for(precision, self.device))
-        tokenizer, shape = load_tokenizer(checkpoint.run_of(run)), self.model.trunk.config
+        tokenizer, shape = load_tokenizer(run_of(run)), self.model.trunk.config
         self.task = make_task(config.task, tokenizer, shape, config.train.seq_len, config.data.packing, config.seed,
                               table=None, objective=config.objective)  # fmt: skip
 
@@ -58,7 +61,7 @@ def settings(run: Path, overrides: Sequence[str]) -> Config:
     """The configuration that a run was tuned with; of another model the default one, for the task, the labels and the
     length that it brings. `overrides` change the settings of its task; what it writes is judged on all rows.
     """
-    described, folder = convert.task_of(run), checkpoint.run_of(run)
+    described, folder = convert.task_of(run), run_of(run)
     if not described:
         raise ValueError(f"{run} was tuned for no task: give a run of pretrain.finetune, or a model that was imported "
                          "with a head for one")  # fmt: skip

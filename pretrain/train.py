@@ -11,25 +11,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import checkpoint, checks, config, dist, engine, entry
-from pretrain.config import Config
-from pretrain.data import opening
-from pretrain.data.objectives import batch_of, make_objective
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.evaluate import Validation
+from pretrain import dist, entry
+from pretrain.checkpoint.load import run_of
+from pretrain.config import checks
+from pretrain.config.schema import Config, accumulation_steps, at_step, phases, with_steps
+from pretrain.engine.settings import check_extra
+from pretrain.evaluation.validation import Validation
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
+from pretrain.stream import opening
+from pretrain.stream.objectives import batch_of, make_objective
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
-    for phase in config.phases(cfg.train):
-        config.accumulation_steps(config.at_step(cfg.train, phase.from_step), ranks.world_size)
-    engine.check_extra(cfg.deepspeed)
+    for phase in phases(cfg.train):
+        accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size)
+    check_extra(cfg.deepspeed)
     sources = opening.open_sources(cfg.data)
     tokenizer = opening.open_tokenizer(cfg.data, sources)
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, sources, ranks.rank, ranks.world_size)
-    cfg = config.with_steps(cfg, stream.epoch_samples)
+    cfg = with_steps(cfg, stream.epoch_samples)
     needed = tokenizer.vocab_size
     if 0 < cfg.model.vocab_size < needed:
         raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is below the tokenizer's {needed} ids: take 0")
@@ -62,7 +65,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
 
 def check_tokenizer(init: str, tokenizer: Tokenizer) -> None:
     """Weights and shards must speak of the same ids."""
-    theirs = checkpoint.run_of(Path(init))
+    theirs = run_of(Path(init))
     if load_tokenizer(theirs).sha256 != tokenizer.sha256:
         raise ValueError(
             f"init={init} has another tokenizer than the shards of data.train: write them with its own "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pretrain.config import ModelConfig, TuningConfig
+from pretrain.config.schema import ModelConfig, TuningConfig
 
 
 def trainable(config: TuningConfig, model: ModelConfig) -> Callable[[str], bool]:

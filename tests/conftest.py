@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import cli, reference
+from pretrain import cli
+from pretrain.hub import reference
 from tests.slurm_cluster import SlurmCluster, why_not
 
 ROOT = Path(__file__).parent.parent

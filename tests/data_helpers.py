@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data import manifest as manifests
-from pretrain.data.manifest import Manifest
-from pretrain.data.order import hash_key, splitmix64
-from pretrain.data.writer import DatasetWriter
+from pretrain.shards import manifest as manifests
+from pretrain.shards.manifest import Manifest
+from pretrain.shards.writer import DatasetWriter
+from pretrain.stream.order import hash_key, splitmix64
 
 SPECIAL_IDS = {"unk": 0, "bos": 1, "eos": 2, "pad": 3, "mask": 4, "cls": 5, "sep": 6}
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pretrain.engine.fragments import WEIGHT
 
-from pretrain import checkpoint, compose
-from pretrain.config import ModelConfig
-from pretrain.engine import WEIGHT, Engine
+from pretrain.checkpoint import save
+from pretrain.config import compose
+from pretrain.config.schema import ModelConfig
+from pretrain.engine.engine import Engine
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
 
@@ -40,7 +42,7 @@ def filled_model(config: ModelConfig, scale: float = 1, seed: int = 0) -> torch.
 def write_weights(folder: Path, config: ModelConfig, scale: float = 1, seed: int = 0) -> None:
     """A run's folder with such a model's weights."""
     read, shapes = initial_values(config, scale, seed), parameter_shapes(config)
-    checkpoint.write_weights(folder, config, lambda name: read(name, shapes[name]))
+    save.write_weights(folder, config, lambda name: read(name, shapes[name]))
 
 
 def fill_engine(built: Engine, read: Read) -> None:

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretrain import compose
-from pretrain.config import Config
-from pretrain.data.objectives import IGNORE
-from pretrain.data.pieces import train
-from pretrain.data.tables import Table, read_table
-from pretrain.data.tasks import ExampleRows, Examples
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.config import compose
+from pretrain.config.schema import Config
 from pretrain.dist import ALONE
-from pretrain.model.hf import fitting_head
+from pretrain.examples.stream import ExampleRows, Examples
+from pretrain.examples.tables import Table, read_table
+from pretrain.hub.families import fitting_head
+from pretrain.stream.objectives import IGNORE
 from pretrain.tasks import Task, make_task
 from pretrain.tasks.validation import TaskValidation
+from pretrain.tokenizer.sentencepiece import train
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.models import filled_model
 
 SMALL = ["run.name=x", "model=llama_tiny", "data.train=x", "train.seq_len=32", "train.precision=fp32"]

@@ -9,68 +9,90 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "pretrain").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
-LAYERS = {
-    "config": 0, "dist": 0, "cli": 0, "files": 0, "hardware": 0, "page": 0, "reference": 0,
-    "checks": 1, "curves": 1, "data": 1, "harness": 1, "metrics": 1, "model": 1, "optim": 1, "tensors": 1,
-    "compose": 2, "engine": 2, "prepare": 2, "saved": 2, "source": 2, "tuning": 2,
-    "checkpoint": 3, "guard": 3, "log": 3, "report": 3, "evaluate": 3, "generate": 3,
-    "card": 3, "parity": 3, "suite": 3, "vectors": 3,
-    "convert": 4, "memorization": 4, "tasks": 4,
-    "predict": 5,
-    "loop": 6,
-    "entry": 7,
-    "finetune": 8, "train": 8,
-}  # fmt: skip
-# Within data/, prepare/, model/ and tasks/: what each module may import of its own package.
+# Who may import whom: a module only from floors below its own.
+FLOORS = (
+    {"cli", "dist", "files", "hardware"},
+    {"config", "tokenizer"},
+    {"guard", "model", "optim", "report", "shards", "tuning"},
+    {"stream"},
+    {"engine", "examples", "inference"},
+    {"checkpoint", "evaluation", "prepare"},
+    {"hub", "loop", "tasks"},
+    {"entry", "predict"},
+    {"finetune", "train"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Within a folder: what each module may import of its own folder.
 INSIDE = {
-    "data.fetch": set(), "data.cache": set(), "data.remote": {"data.cache", "data.fetch"},
-    "data.sidecar": set(), "data.manifest": {"data.remote", "data.sidecar"},
-    "data.tar": set(), "data.writer": {"data.manifest", "data.remote", "data.sidecar", "data.tar"},
-    "data.shards": {"data.manifest", "data.sidecar"}, "data.order": set(), "data.mixture": {"data.order"},
-    "data.packing": {"data.manifest", "data.order", "data.shards"},
-    "data.source": {"data.manifest", "data.order", "data.packing", "data.shards"},
-    "data.stream": {"data.manifest", "data.mixture", "data.order", "data.source"},
-    "data.opening": {"data.manifest", "data.mixture", "data.remote", "data.source", "data.stream", "data.tokenizer"},
-    "data.texts": set(), "data.pieces": {"data.texts"}, "data.fastspec": {"data.texts"},
-    "data.fast": {"data.fastspec", "data.texts"},
-    "data.tokenizer": {"data.fast", "data.manifest", "data.pieces", "data.texts"},
-    "data.objectives": {"data.order", "data.tokenizer"}, "data.chat": {"data.texts", "data.tokenizer"},
-    "data.decompress": set(), "data.parquet": set(), "data.tables": {"data.decompress", "data.table_formats"},
-    "data.table_formats": {"data.decompress", "data.parquet", "data.tar"},
-    "data.walk": {"data.manifest", "data.shards"},
-    "data.npy": set(), "data.samples": {"data.npy", "data.sidecar", "data.tar"},
-    "data.verify": {"data.manifest", "data.samples", "data.sidecar", "data.tokenizer"},
-    "data.rebuild": {"data.manifest", "data.remote", "data.samples", "data.sidecar", "data.tokenizer", "data.verify"},
-    "prepare.readers": set(), "prepare.documents": {"prepare.readers"},
-    "prepare.pii": set(), "prepare.filters": {"prepare.documents", "prepare.pii"},
-    "prepare.dedup": set(), "prepare.encode": set(), "prepare.workers": set(),
-    "prepare.plan": {"prepare.documents", "prepare.filters"},
-    "prepare.duplicates": {"prepare.dedup", "prepare.plan"},
-    "prepare.parts": {"prepare.dedup", "prepare.documents", "prepare.duplicates", "prepare.encode", "prepare.filters",
-                      "prepare.plan"},
-    "prepare.staging": {"prepare.documents", "prepare.filters", "prepare.plan"},
-    "model.attention": set(), "model.losses": set(), "model.lora": set(), "model.positions": set(),
-    "model.initial": set(),
-    "model.transformer": {"model.attention", "model.lora", "model.positions"},
-    "model.heads": {"model.lora", "model.transformer"},
-    "model.hf_parts": {"model.transformer"}, "model.hf_decoders": {"model.hf_parts"},
-    "model.hf_encoders": {"model.hf_parts"},
-    "data.tasks": {"data.order"},
-    "tasks.embed": {"tasks.task"}, "tasks.contrast": set(), "tasks.embedding": {"tasks.contrast", "tasks.task"},
-    "tasks.task": set(), "tasks.validation": {"tasks.task"}, "tasks.classification": {"tasks.task"},
-    "tasks.language_model": {"tasks.task"}, "tasks.instruct": {"tasks.language_model", "tasks.task"},
-    "tasks.extractive_qa": {"tasks.task"}, "tasks.token_classification": {"tasks.task"},
-    "model.hf_sentences": set(),
-    "model.hf": {"model.heads", "model.hf_decoders", "model.hf_encoders", "model.hf_parts"},
+    "tokenizer": {
+        "texts": set(), "huggingface_spec": {"texts"}, "sentencepiece": {"texts"},
+        "huggingface": {"huggingface_spec", "texts"}, "tokenizer": {"huggingface", "sentencepiece", "texts"},
+        "chat": {"texts", "tokenizer"},
+    },
+    "config": {
+        "schema": set(), "checks": {"schema"}, "compose": {"checks", "schema"},
+    },
+    "shards": {
+        "cache": set(), "fetch": set(), "npy": set(), "sidecar": set(), "tar": set(), "remote": {"cache", "fetch"},
+        "samples": {"npy", "sidecar", "tar"}, "manifest": {"remote", "sidecar"}, "reader": {"manifest", "sidecar"},
+        "verify": {"manifest", "samples", "sidecar"}, "writer": {"manifest", "remote", "sidecar", "tar"},
+        "documents": {"manifest", "reader"}, "rebuild": {"manifest", "remote", "samples", "sidecar", "verify"},
+    },
+    "model": {
+        "attention": set(), "initial": set(), "lora": set(), "losses": set(), "positions": set(),
+        "transformer": {"attention", "lora", "positions"}, "heads": {"lora", "transformer"},
+    },
+    "report": {
+        "curves": set(), "log": set(), "theme": set(), "page": {"curves", "theme"},
+    },
+    "stream": {
+        "order": set(), "mixture": {"order"}, "objectives": {"order"}, "packing": {"order"},
+        "source": {"order", "packing"}, "stream": {"mixture", "order", "source"},
+        "opening": {"mixture", "source", "stream"},
+    },
+    "examples": {
+        "decompress": set(), "parquet": set(), "stream": set(), "formats": {"decompress", "parquet"},
+        "tables": {"decompress", "formats"},
+    },
+    "inference": {
+        "generate": set(), "vectors": set(),
+    },
+    "engine": {
+        "fragments": set(), "settings": set(), "engine": {"fragments"},
+    },
+    "checkpoint": {
+        "tensors": set(), "manifest": {"tensors"}, "load": {"manifest"}, "save": {"manifest", "tensors"},
+    },
+    "evaluation": {
+        "harness": set(), "memorization": set(), "metrics": set(), "validation": set(), "suite": {"metrics"},
+    },
+    "prepare": {
+        "dedup": set(), "encode": set(), "pii": set(), "readers": set(), "workers": set(), "documents": {"readers"},
+        "filters": {"documents", "pii"}, "plan": {"documents", "filters"}, "duplicates": {"dedup", "plan"},
+        "staging": {"documents", "filters", "plan"},
+        "parts": {"dedup", "documents", "duplicates", "encode", "filters", "plan"},
+    },
+    "hub": {
+        "card": set(), "parts": set(), "reference": set(), "sentences": set(), "decoders": {"parts"},
+        "encoders": {"parts"}, "families": {"decoders", "encoders", "parts"},
+        "folder": {"families", "parts", "sentences"}, "parity": {"families"},
+        "convert": {"card", "families", "folder", "parity", "parts", "sentences"},
+    },
+    "tasks": {
+        "contrast": set(), "task": set(), "classification": {"task"}, "embedding": {"contrast", "task"},
+        "extractive_qa": {"task"}, "language_model": {"task"}, "text_vectors": {"task"},
+        "token_classification": {"task"}, "validation": {"task"}, "instruct": {"language_model", "task"},
+    },
 }  # fmt: skip
 SOLE_USERS = {
-    "deepspeed": {"engine"}, "wandb": {"log"}, "omegaconf": {"compose"}, "hydra": {"compose"},
-    "tarfile": {"data.tar"}, "sentencepiece": {"data.pieces"}, "tokenizers": {"data.fast"}, "matplotlib": {"curves"},
-    "safetensors": {"tensors"}, "transformers": {"reference"}, "fsspec": {"data.fetch"},
-    "submitit": {"prepare.workers"}, "zstandard": {"data.decompress"}, "pyarrow": {"data.parquet"},
-    "phonenumbers": {"prepare.pii"}, "datasketch": {"prepare.dedup"},
-    "sacrebleu": {"metrics"}, "rouge_score": {"metrics"}, "lm_eval": {"harness"}, "faiss": {"vectors"},
-    "jinja2": {"data.chat"},
+    "deepspeed": {"engine.engine", "engine.fragments", "engine.settings"}, "wandb": {"report.log"},
+    "omegaconf": {"config.compose"}, "hydra": {"config.compose"}, "tarfile": {"shards.tar"},
+    "sentencepiece": {"tokenizer.sentencepiece"}, "tokenizers": {"tokenizer.huggingface"},
+    "matplotlib": {"report.curves"}, "safetensors": {"checkpoint.tensors"}, "transformers": {"hub.reference"},
+    "fsspec": {"shards.fetch"}, "submitit": {"prepare.workers"}, "zstandard": {"examples.decompress"},
+    "pyarrow": {"examples.parquet"}, "phonenumbers": {"prepare.pii"}, "datasketch": {"prepare.dedup"},
+    "sacrebleu": {"evaluation.metrics"}, "rouge_score": {"evaluation.metrics"}, "lm_eval": {"evaluation.harness"},
+    "faiss": {"inference.vectors"}, "jinja2": {"tokenizer.chat"},
 }  # fmt: skip
 
 
@@ -99,19 +121,31 @@ def own_imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", [p for p in PACKAGE if p.name != "__init__.py"], ids=module_name)
 def test_imports_go_down(path):
     name = module_name(path)
-    top = name.partition(".")[0]
+    room, _, module = name.partition(".")
     for imported in own_imports(path):
-        other = imported.partition(".")[0]
-        if other == top:
-            assert imported in INSIDE[name], f"{name} imports its sibling {imported}"
+        other, _, sibling = imported.partition(".")
+        if other == room:
+            assert sibling in INSIDE[room][module], f"{name} imports its sibling {imported}"
         else:
-            assert LAYERS[other] < LAYERS[top], f"{name} imports {imported} of its own layer or above"
+            assert FLOOR[other] < FLOOR[room], f"{name} imports {imported} of its own floor or above"
+
+
+def test_every_module_has_its_place():
+    stated = {f"{folder}.{module}" for folder, modules in INSIDE.items() for module in modules}
+    flat = set(FLOOR) - set(INSIDE)
+    assert stated | flat == {module_name(path) for path in PACKAGE if path.name != "__init__.py"}
+
+
+def test_tests_mirror_the_folders():
+    """tests/FOLDER/test_MODULE.py is about pretrain/FOLDER; what a test file is about is named after it."""
+    mirrored = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert mirrored == set(INSIDE) | {"dist", "launch", "tools"}
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
-def test_tools_use_layers_0_to_5(path):
+def test_tools_use_what_lies_below_the_entries(path):
     for imported in own_imports(path):
-        assert LAYERS[imported.partition(".")[0]] <= 5
+        assert FLOOR[imported.partition(".")[0]] <= FLOOR["predict"]
     assert not any(name.startswith("tools") for name in imports(path))
 
 

@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from pretrain.checkpoint.load import Weights, checkpoint_of
 
-from pretrain import checkpoint, compose, convert, dist, entry, finetune, report
-from pretrain.config import Config
-from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import read_table
+from pretrain import dist, entry, finetune
+from pretrain.checkpoint.manifest import committed
+from pretrain.config import compose
+from pretrain.config.schema import Config
+from pretrain.examples.tables import read_table
+from pretrain.hub import convert
 from pretrain.model.heads import build_model
-from pretrain.page import brief, words
 from pretrain.predict import Predictor
+from pretrain.report.page import MISTAKES as MISTAKES_SHOWN
+from pretrain.report.theme import brief, words
+from pretrain.stream.objectives import IGNORE
 from tests.journals import events, journal, rows_of
 from tests.models import write_weights
 from tests.task_data import write_examples
@@ -138,7 +143,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, case):
     for name in ("result.json", "predictions.jsonl"):
         assert (runs / case / name).read_text() == (runs / f"{case}-resumed" / name).read_text(), name
     ours, again = (
-        checkpoint.Weights(runs / name / "checkpoints" / "step-000000008") for name in (case, f"{case}-resumed")
+        Weights(runs / name / "checkpoints" / "step-000000008") for name in (case, f"{case}-resumed")
     )
     for name in ours.shapes:
         assert torch.equal(ours.read(name), again.read(name)), name
@@ -161,8 +166,8 @@ def test_the_best_checkpoint_is_kept_and_used(runs, case):
     sign = -1 if result["metric"] in ("val_loss", "val_bits_per_byte") else 1
     best = max(rows, key=lambda row: (sign * row[result["metric"]], -row["step"]))
     assert result["step"] == best["step"] and result["figures"] == figures(best)
-    assert checkpoint.to_use(runs / case).name == f"step-{best['step']:09d}"
-    kept = {path.name for path in checkpoint.committed(runs / case / "checkpoints")}
+    assert checkpoint_of(runs / case).name == f"step-{best['step']:09d}"
+    kept = {path.name for path in committed(runs / case / "checkpoints")}
     assert kept == {f"step-{best['step']:09d}", "step-000000008"}
 
 
@@ -170,7 +175,7 @@ def test_the_best_checkpoint_is_kept_and_used(runs, case):
 def test_it_is_exported_to_the_class_that_transformers_has_for_it(runs, case, tmp_path, transformers_here):
     proof = convert.export_hf(runs / case, tmp_path / "exported")
     assert proof["class"] == CASES[case][1] and proof["max_difference"] <= 1e-4
-    ours, again = checkpoint.Weights(runs / case), convert.open_model(tmp_path / "exported")
+    ours, again = Weights(runs / case), convert.open_model(tmp_path / "exported")
     for name in again.shapes:
         assert torch.equal(again.read(name), ours.read(name)), name
     if task_of(case).endswith("classification"):
@@ -207,7 +212,7 @@ def test_the_run_explains_itself(runs, case):
     wrong = [row for row in rows_of(folder / "predictions.jsonl") if row.get("right") is False]
     is_judged = case not in ("language_model", "masked", "scored", "conversations")
     assert ("What it got wrong" in page) == bool(wrong) == is_judged
-    for row in wrong[: report.MISTAKES]:
+    for row in wrong[:MISTAKES_SHOWN]:
         for name in ("gold", "prediction"):
             assert f">{html.escape(brief(row[name]))}" in page
     if case == "classification":
@@ -409,7 +414,7 @@ def test_a_run_ends_when_nothing_gets_better_and_stays_ended(runs):
     reason = "no better val_macro_f1 in 2 evaluations"
     assert [(event["reason"], event["step"]) for event in events(folder, "stopped")] == 2 * [(reason, 3)]
     assert [event["step"] for event in events(folder, "resume")] == [3]
-    assert checkpoint.to_use(folder).name == "step-000000001"
+    assert checkpoint_of(folder).name == "step-000000001"
     assert json.loads((folder / "result.json").read_text())["step"] == 1
 
 
@@ -431,7 +436,7 @@ def test_predictions_are_those_of_the_best_checkpoint(runs, examples, case, key)
 def test_chat_with_a_tuned_run_or_its_export_says_what_predict_does(runs, tmp_path, capsys, transformers_here):
     """With weights that say more than eight steps teach."""
     run = tmp_path / "run"
-    write_weights(run, checkpoint.Weights(runs / "conversations").config, 5)
+    write_weights(run, Weights(runs / "conversations").config, 5)
     for name in ("config.yaml", "task.json", "tokenizer.model"):
         shutil.copy(runs / "conversations" / name, run)
     convert.export_hf(run, tmp_path / "exported")

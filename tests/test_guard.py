@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pretrain.cli import STOP_SIGNALS
-from pretrain.config import GuardConfig
+from pretrain.config.schema import GuardConfig
 from pretrain.guard import Guard
 
 NAN, INFINITE = float("nan"), float("inf")

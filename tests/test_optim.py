@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretrain import compose, optim
-from pretrain.config import ScheduleConfig
+from pretrain import optim
+from pretrain.config import compose
+from pretrain.config.schema import ScheduleConfig
 from pretrain.model.heads import LanguageModel
 
 PEAK, STEPS = 2.0, 110

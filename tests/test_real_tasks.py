@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import metrics
-from pretrain.data.tables import read_table
+from pretrain.evaluation import metrics
+from pretrain.examples.tables import read_table
 from tests.baselines import bm25_ranks, first_answer_of_its_kind, rows, tf_idf
 from tests.conftest import ROOT, copy_checkout
 from tests.real_models import published

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LENGTH, command
+from tests.conftest import LENGTH, ROOT, command
 from tests.journals import events, journal
 
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
@@ -180,7 +180,7 @@ def test_data_and_tokenizer_mistakes(train, tmp_path, environment):
     empty = tmp_path / "empty"
     empty.mkdir()
     other = tmp_path / "other.model"
-    tool = Path(__file__).parent.parent / "tools" / "train_tokenizer.py"
+    tool = ROOT / "tools" / "train_tokenizer.py"
     text = tmp_path / "text.txt"
     text.write_text("some words and other words\n" * 200)
     line = [sys.executable, str(tool), "--input", str(text), "--vocab-size", "300", "--output", str(other)]

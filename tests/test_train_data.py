@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from pretrain.data import manifest as manifests
-from pretrain.data.mixture import Phase
-from pretrain.data.stream import Stream, batch_hash
+from pretrain.shards import manifest as manifests
+from pretrain.stream.mixture import Phase
+from pretrain.stream.stream import Stream, batch_hash
 from tests.conftest import ROOT
 from tests.http_store import serve
 from tests.test_train import disturb, events, exact, journal

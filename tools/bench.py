@@ -27,18 +27,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain import compose, dist, engine, hardware
+from pretrain import dist, hardware
 from pretrain.cli import run_tool
-from pretrain.data import manifest as manifests
-from pretrain.data.mixture import Phase
-from pretrain.data.objectives import causal_lm
-from pretrain.data.pieces import train
-from pretrain.data.stream import Stream
-from pretrain.data.tokenizer import load_tokenizer
-from pretrain.data.writer import DatasetWriter
+from pretrain.config import compose
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import deepspeed_config
 from pretrain.model.attention import plain, sdpa
 from pretrain.model.heads import LanguageModel
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.shards import manifest as manifests
+from pretrain.shards.writer import DatasetWriter
+from pretrain.stream.mixture import Phase
+from pretrain.stream.objectives import causal_lm
+from pretrain.stream.stream import Stream
+from pretrain.tokenizer.sentencepiece import train
+from pretrain.tokenizer.tokenizer import load_tokenizer
 
 ROUNDS = 7
 
@@ -105,12 +108,12 @@ def bench_step(dtype: torch.dtype, precision: str) -> None:
     cfg = compose.compose("pretrain", ["run.name=bench", "experiment=quickstart", "model.vocab_size=24576"])
     ranks, device = dist.ALONE, dist.start(dist.ALONE)
     micro, accumulation = cfg.train.micro_batch_size, 2
-    settings = engine.deepspeed_config(cfg.deepspeed, micro * accumulation, micro, accumulation, 1.0, precision)
+    settings = deepspeed_config(cfg.deepspeed, micro * accumulation, micro, accumulation, 1.0, precision)
 
     def loss_rows(model, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy_rows(model(inputs), labels)
 
-    trainer = engine.Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
+    trainer = Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
     tokens = torch.randint(0, 24576, (micro, cfg.train.seq_len))
     parts = [{"inputs": tokens, "labels": tokens}] * accumulation
     bare = LanguageModel(cfg.model).to(dtype)
@@ -251,7 +254,7 @@ def windows_of(tokens: np.ndarray) -> np.ndarray:
 def bench_seek(dtype: torch.dtype, precision: str) -> None:
     """The middle of an epoch of 100 billion samples, found in a process of its own: the time and memory it takes."""
     program = (
-        "import time, numpy as np; from pretrain.data.order import Order\n"
+        "import time, numpy as np; from pretrain.stream.order import Order\n"
         "windows = np.full(1_525_879, 65_536); place = windows.sum() // 2 + np.arange(512)\n"
         "start = time.perf_counter(); Order(windows, seed=1).locate(place); seconds = time.perf_counter() - start\n"
         "print(f'seek: sample {place[0]:,} of {windows.sum():,} in {seconds:.3f} s')"
@@ -318,10 +321,9 @@ def seconds_of(run: Callable[[], object]) -> float:
 def bench_memory(dtype: torch.dtype, precision: str) -> None:
     """The most memory that writing and reading take, of some data and of ten times as much."""
     read_epoch = (
-        "import sys; from pretrain.data import manifest, mixture; from pretrain.data.stream import Stream\n"
-        "stream = Stream([manifest.load(sys.argv[1])], [mixture.Phase(0, 1024, 32, (1.0,))], 0)\n"
-        "batches = stream.batches(0)\n"
-        "for _ in range(stream.epoch_samples // 32): next(batches)"
+        "import sys; from pretrain.shards import manifest; from pretrain.stream import mixture, stream as streams\n"
+        "stream = streams.Stream([manifest.load(sys.argv[1])], [mixture.Phase(0, 1024, 32, (1.0,))], 0)\n"
+        "for _ in zip(range(stream.epoch_samples // 32), stream.batches(0)): pass"
     )
     found: dict[str, list[float]] = {"writer": [], "reader": []}
     for copies in (3, 30):

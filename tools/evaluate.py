@@ -28,20 +28,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from pretrain.checkpoint.load import checkpoint_of, load_model, read_header, run_of
 from tqdm import tqdm
 
-from pretrain import checkpoint, compose, convert, dist, hardware, harness, memorization
+from pretrain import dist, hardware
 from pretrain.cli import run_tool, stops_as_ctrl_c
-from pretrain.config import Config
-from pretrain.data import manifest as manifests
-from pretrain.data import opening
-from pretrain.data.manifest import Manifest
-from pretrain.data.objectives import IGNORE, MaskedLM, make_objective
-from pretrain.data.stream import Rows, Stream
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.evaluate import Validation
+from pretrain.config import compose
+from pretrain.config.schema import Config
+from pretrain.evaluation import harness, memorization
+from pretrain.evaluation.suite import run_suite
+from pretrain.evaluation.validation import Validation
 from pretrain.files import EVALUATION, RESULT, read_object, write_atomically
-from pretrain.suite import run_suite
+from pretrain.hub import convert
+from pretrain.shards import manifest as manifests
+from pretrain.shards.manifest import Manifest
+from pretrain.stream import opening
+from pretrain.stream.objectives import IGNORE, MaskedLM, make_objective
+from pretrain.stream.stream import Rows, Stream
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 READ_AT_ONCE = 256  # windows
 COUNTED = 50_000_000  # tokens of the training text, for the unigram model
@@ -51,7 +55,7 @@ SUITES = ("suite", "memorization", "tasks")
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    folder = checkpoint.run_of(args.run)
+    folder = run_of(args.run)
     if args.tasks:
         harness.check()
     if args.suite or args.memorization or not args.tasks:
@@ -84,9 +88,9 @@ def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if (args.run / "config.json").is_file():
         raise ValueError(f"{args.run} is a Hugging Face folder: give it --tasks, or import it (tools/import_hf.py)")
     cfg, tokenizer = read_run(args, folder), load_tokenizer(folder)
-    step = {"step": checkpoint.read_header(checkpoint.to_use(args.run)).step}
+    step = {"step": read_header(checkpoint_of(args.run)).step}
     device = dist.device_of()
-    model = checkpoint.load_model(args.run).to(device, hardware.dtype_for(args.precision, device))
+    model = load_model(args.run).to(device, hardware.dtype_for(args.precision, device))
     limit = args.limit or LIMIT
     found: dict[str, Any] = {}
     if args.suite:
@@ -105,7 +109,7 @@ def read_run(args: argparse.Namespace, folder: Path) -> Config:
                  f"{folder} --input FILE --score has them of other data")  # fmt: skip
         if not args.data:
             raise ValueError(f"{other}; for those of a language model on shards, name these with --data")
-        if (head := checkpoint.read_header(checkpoint.to_use(args.run)).model["head"]) != "lm":
+        if (head := read_header(checkpoint_of(args.run)).model["head"]) != "lm":
             raise ValueError(f"{other}; it is no language model (model.head={head})")
         cfg = replace(cfg, data=replace(cfg.data, train=args.data))
     if not (args.data or cfg.data.val):
@@ -259,7 +263,7 @@ def harness_tasks(args: argparse.Namespace) -> dict[str, Any]:
     options = (str(hardware.DTYPES[precision]).removeprefix("torch."), names, args.include_path, args.limit)
     if (args.run / "config.json").is_file():
         return harness.evaluate(args.run, *options)
-    step = checkpoint.read_header(checkpoint.to_use(args.run)).step
+    step = read_header(checkpoint_of(args.run)).step
     with tempfile.TemporaryDirectory() as scratch:
         convert.export_hf(args.run, Path(scratch) / "model", precision)
         found = harness.evaluate(Path(scratch) / "model", *options)

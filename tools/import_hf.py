@@ -10,8 +10,8 @@ installed, what it computes is compared, and runs/NAME does not appear when they
 import argparse
 from pathlib import Path
 
-from pretrain import convert
 from pretrain.cli import run_tool, stops_as_ctrl_c
+from pretrain.hub import convert
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.tables import Table, read_table
+from pretrain.examples.tables import Table, read_table
 from pretrain.files import check_output, write_atomically
 from pretrain.predict import Predictor
 

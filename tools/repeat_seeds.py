@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pretrain.cli import child, run_tool, stops_as_ctrl_c
-from pretrain.data.tables import read_table
+from pretrain.examples.tables import read_table
 from pretrain.files import RESULT, read_lines, write_atomically
 from pretrain.predict import Predictor
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pretrain.cli import run_tool
 from pretrain.files import EVALUATION, RESULT, read_lines, read_object
-from pretrain.page import words
-from pretrain.report import write_report
+from pretrain.report.page import write_report
+from pretrain.report.theme import words
 
 
 def main(argv: list[str] | None = None) -> None:

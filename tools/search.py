@@ -16,17 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pretrain.checkpoint.load import checkpoint_of, run_of
 from tqdm import tqdm
 
-from pretrain import checkpoint, compose, convert, dist
+from pretrain import dist
+from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.cli import run_tool
-from pretrain.data.tables import read_table
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.config import compose
+from pretrain.examples.tables import read_table
 from pretrain.files import check_output, sha256_of_file, write_atomically
+from pretrain.hub import convert
+from pretrain.inference.vectors import Index, library, write_index
 from pretrain.prepare.documents import Counts, find_files, read_documents
-from pretrain.saved import MANIFEST
-from pretrain.tasks.embed import embed_texts
-from pretrain.vectors import Index, library, write_index
+from pretrain.tasks.text_vectors import embed_texts
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 LONGEST = 512  # tokens of a passage where the model does not say what it was tuned on
 SHOWN = 300  # characters of a passage on the terminal
@@ -57,7 +60,7 @@ def build(args: argparse.Namespace) -> None:
     """Cut, embed, write."""
     library()
     with convert.staged(args.index) as folder:
-        path = args.model if (args.model / "config.json").is_file() else checkpoint.to_use(args.model)
+        path = args.model if (args.model / "config.json").is_file() else checkpoint_of(args.model)
         model, tokenizer, longest = open_model(path)
         limit = min(args.max_tokens or longest, model.trunk.config.max_positions)
         passages = read_passages(args.texts, args.text_key, tokenizer, limit)
@@ -92,7 +95,7 @@ def search(args: argparse.Namespace) -> None:
 
 def open_model(path: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
     """The model on the GPU if there is one, its tokenizer, and the tokens of the texts that it knows."""
-    folder = checkpoint.run_of(path)
+    folder = run_of(path)
     config = folder / "config.yaml"
     longest = compose.read(config).train.seq_len if config.is_file() else LONGEST
     return convert.load_model(path).to(dist.device_of()), load_tokenizer(folder), longest
@@ -129,7 +132,7 @@ def embed_with_bar(
 def weights_sha256(path: Path) -> str:
     """What tells the weights of a model from all others: of a checkpoint, the hash of its manifest of hashes."""
     if not (path / "config.json").is_file():
-        return sha256_of_file(checkpoint.to_use(path) / MANIFEST)
+        return sha256_of_file(checkpoint_of(path) / MANIFEST)
     files = sorted(path.glob("*.safetensors"))
     return hashlib.sha256("".join(sha256_of_file(file) for file in files).encode()).hexdigest()
 

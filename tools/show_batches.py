@@ -9,13 +9,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from pretrain.checkpoint.load import read_header, run_of
 
-from pretrain import checkpoint, compose
+from pretrain.checkpoint.manifest import committed
 from pretrain.cli import run_tool
-from pretrain.data import opening
-from pretrain.data.stream import Rows, Stream, batch_hash
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.config import compose
 from pretrain.files import read_lines
+from pretrain.stream import opening
+from pretrain.stream.stream import Rows, Stream, batch_hash
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.step < 1 or args.world < 1 or not 0 <= (args.rank or 0) < args.world:
         parser.error("--step and --world count from 1, --rank from 0 to one below --world")
-    folder = checkpoint.run_of(args.run)
+    folder = run_of(args.run)
     stream = open_stream(args.run)
     phase = stream.phase_of_step(args.step - 1)
     if phase.global_batch_size % args.world:
@@ -46,14 +48,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_stream(run: Path) -> Stream:
     """The stream of a run as one rank, with the phases and quarantine of its newest checkpoint (or the one named)."""
-    folder = checkpoint.run_of(run)
+    folder = run_of(run)
     cfg = compose.read(folder / "config.yaml")
     if cfg.task is not None:
         raise ValueError(f"{folder} was fine-tuned on examples, and here the rows of shards are shown: give a run of "
                          "pretrain.train")  # fmt: skip
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, opening.open_sources(cfg.data), 0, 1)
-    if newest := [run] if run != folder else checkpoint.committed(run / "checkpoints"):
-        header = checkpoint.read_header(newest[0])
+    if newest := [run] if run != folder else committed(run / "checkpoints"):
+        header = read_header(newest[0])
         stream.resume(header.state, header.step)
     return stream
 

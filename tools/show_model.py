@@ -13,9 +13,9 @@ import argparse
 import json
 from typing import Any
 
-from pretrain import compose
 from pretrain.cli import run_tool
-from pretrain.config import Config, ModelConfig
+from pretrain.config import compose
+from pretrain.config.schema import Config, ModelConfig
 from pretrain.model.heads import parameter_shapes, trained_parameters
 from pretrain.model.transformer import flops_per_token
 

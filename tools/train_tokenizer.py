@@ -13,12 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data.decompress import is_compressed
-from pretrain.data.order import hash_key
-from pretrain.data.pieces import train
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.examples.decompress import is_compressed
 from pretrain.files import write_atomically
 from pretrain.prepare.documents import Counts, InputFile, find_files, is_held_out, read_documents
+from pretrain.stream.order import hash_key
+from pretrain.tokenizer.sentencepiece import train
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 PIECE_CHARS = 1000  # the text is sampled and trained on in runs of lines of about this length
 COMPRESSION = 4  # a guess at what .gz and .zst save, to choose how much to sample

@@ -11,10 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.data import manifest as manifests
-from pretrain.data.manifest import INDEX_NAME
-from pretrain.data.rebuild import rebuild, tar_names
-from pretrain.data.verify import faults
+from pretrain.shards import manifest as manifests
+from pretrain.shards.manifest import INDEX_NAME
+from pretrain.shards.rebuild import rebuild, tar_names
+from pretrain.shards.verify import faults
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,9 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pretrain.cli import run_tool, stops_as_ctrl_c
-from pretrain.data.manifest import Manifest
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.data.writer import token_dtype
 from pretrain.files import NO_ROOM
 from pretrain.prepare import duplicates, staging
 from pretrain.prepare.documents import Counts, find_files
@@ -34,6 +31,9 @@ from pretrain.prepare.filters import FilterSettings, Report
 from pretrain.prepare.parts import PROGRESS_NAME, load_filters, sign_part, write_part
 from pretrain.prepare.plan import DEDUP, PARTS, SIGNED, Plan, Settings, make_plan
 from pretrain.prepare.workers import CLUSTERS, Executor
+from pretrain.shards.manifest import Manifest
+from pretrain.shards.writer import token_dtype
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 CLUSTER_THREADS = 2
 

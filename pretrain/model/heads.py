@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.config import ModelConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.model.lora import freeze
 from pretrain.model.transformer import ACTIVATIONS, LayerCache, Transformer, new_norm
 

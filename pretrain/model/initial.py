@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from pretrain.config import ModelConfig
+from pretrain.config.schema import ModelConfig
 
 TABLES = (".embedding", ".positions", ".segments")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.config import ModelConfig
+from pretrain.config.schema import ModelConfig
 
 ATTENTION, FFN = ("q", "k", "v", "out"), ("up", "gate", "down")
 

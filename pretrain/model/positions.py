@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import ModelConfig
+from pretrain.config.schema import ModelConfig
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # turns over the original positions (YaRN's beta and alpha)
 

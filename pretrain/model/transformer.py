@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import ModelConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.model.attention import ATTENTION, near, same_document
 from pretrain.model.lora import linear
 from pretrain.model.positions import places_in_documents, rotate, rotations, sinusoids

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.data.decompress import DAMAGE, content_suffix, is_compressed
+from pretrain.examples.decompress import DAMAGE, content_suffix, is_compressed
 from pretrain.prepare import readers
 
 TEXT_SUFFIXES = frozenset(

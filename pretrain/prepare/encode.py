@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 PIECE_CHARS = 500_000  # longer documents are tokenized in pieces, cut after a line where there is one
 BATCH_CHARS = 250_000  # what a thread encodes at a time; with the batches under way it bounds the memory

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from pretrain.data.writer import DatasetWriter, token_dtype
 from pretrain.files import sync_folder, write_synced
 from pretrain.prepare import duplicates
 from pretrain.prepare.dedup import MinHasher, digest
@@ -25,6 +23,8 @@ from pretrain.prepare.documents import Counts, Document, Piece, is_held_out, rea
 from pretrain.prepare.encode import encode
 from pretrain.prepare.filters import MAX_EXAMPLES, Filters, FilterSettings, Report
 from pretrain.prepare.plan import DONE_NAME, PARTS, RUN_NAME, SIGNED, Plan
+from pretrain.shards.writer import DatasetWriter, token_dtype
+from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 PROGRESS_NAME = "progress"
 PROGRESS_SECONDS = 1.0

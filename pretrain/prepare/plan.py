@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pretrain.data.decompress import is_compressed
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.examples.decompress import is_compressed
 from pretrain.prepare.documents import InputFile, Piece, cut, find_files
 from pretrain.prepare.filters import FilterSettings
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of the parts: raise it when the same input and settings give other bytes
 SIGNED, PARTS = "signed", "parts"  # the passes, and their folders

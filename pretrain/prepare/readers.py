@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from pretrain.data import parquet, tar
-from pretrain.data.decompress import decompressed
+from pretrain.examples import parquet
+from pretrain.examples.decompress import decompressed
+from pretrain.shards import tar
 
 MAX_DOCUMENT_BYTES = 4 * 2**30  # of text, after decompression
 MAX_MEMBER_BYTES = 2**30  # of a text in a tar

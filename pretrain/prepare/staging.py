@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.data.manifest import INDEX_NAME, Manifest, Shard, save
-from pretrain.data.remote import Store
-from pretrain.data.sidecar import sidecar_name
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.writer import token_dtype
 from pretrain.files import lock, sync_folder, write_atomically, write_synced
 from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import Report
 from pretrain.prepare.plan import PARTS, RUN_NAME, SIGNED, Plan
+from pretrain.shards.manifest import INDEX_NAME, Manifest, Shard, save
+from pretrain.shards.remote import Store
+from pretrain.shards.sidecar import sidecar_name
+from pretrain.shards.writer import token_dtype
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 FINAL, MOVES_NAME = "final", "moves.json"
 INPUTS_NAME, REPORT_NAME = "inputs.json", "report.json"

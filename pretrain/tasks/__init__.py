@@ -1,8 +1,7 @@
 """The tasks a model can be fine-tuned for, by name."""
 
-from pretrain.config import ModelConfig, ObjectiveConfig, TaskConfig
-from pretrain.data.tables import Table
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.config.schema import ModelConfig, ObjectiveConfig, TaskConfig
+from pretrain.examples.tables import Table
 from pretrain.tasks.classification import Classification
 from pretrain.tasks.embedding import Embedding
 from pretrain.tasks.extractive_qa import ExtractiveQA
@@ -10,6 +9,7 @@ from pretrain.tasks.instruct import Instruct
 from pretrain.tasks.language_model import LanguageModel
 from pretrain.tasks.task import Task
 from pretrain.tasks.token_classification import TokenClassification
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain import metrics
-from pretrain.config import TaskConfig
-from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Column, Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
+from pretrain.config.schema import TaskConfig
+from pretrain.evaluation import metrics
+from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_examples
+from pretrain.examples.tables import Column, Table
 from pretrain.model.losses import label_rows, multi_label_rows
+from pretrain.stream.objectives import IGNORE
 from pretrain.tasks.task import HeadTask, Inputs, read_rows, whole_text
 
 

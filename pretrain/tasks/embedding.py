@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain import metrics
-from pretrain.config import TaskConfig
-from pretrain.data.tables import Column, Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
+from pretrain.config.schema import TaskConfig
+from pretrain.evaluation import metrics
+from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_examples
+from pretrain.examples.tables import Column, Table
 from pretrain.tasks.contrast import (
     CELLS_AT_ONCE,
     SIDES,

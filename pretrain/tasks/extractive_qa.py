@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain import metrics
-from pretrain.config import TaskConfig
-from pretrain.data.objectives import IGNORE
-from pretrain.data.table_formats import answers
-from pretrain.data.tables import Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
+from pretrain.config.schema import TaskConfig
+from pretrain.evaluation import metrics
+from pretrain.examples.formats import answers
+from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_examples
+from pretrain.examples.tables import Table
 from pretrain.model.losses import span_rows
+from pretrain.stream.objectives import IGNORE
 from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows
 
 NOWHERE = [0, 0]

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pretrain import metrics
-from pretrain.config import ModelConfig, TaskConfig
-from pretrain.data.chat import ChatFormat, Message, check_messages
-from pretrain.data.objectives import batch_of
-from pretrain.data.packing import PADDING, best_fit_decreasing, targets
-from pretrain.data.stream import Rows
-from pretrain.data.tables import Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.generate import end_ids, generate_all, prompt_ids
+from pretrain.config.schema import ModelConfig, TaskConfig
+from pretrain.evaluation import metrics
+from pretrain.examples.stream import ExampleRows, Examples, Ragged
+from pretrain.examples.tables import Table
+from pretrain.inference.generate import end_ids, generate_all, prompt_ids
+from pretrain.stream.objectives import batch_of
+from pretrain.stream.packing import PADDING, best_fit_decreasing, targets
+from pretrain.stream.stream import Rows
 from pretrain.tasks.language_model import LanguageModel
 from pretrain.tasks.task import Write, read_rows
+from pretrain.tokenizer.chat import ChatFormat, Message, check_messages
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 Judge = Callable[[list[str], list[str]], metrics.Figures]
 # task.figures -> (responses and gold -> figures, their names; the last one tells the best checkpoint)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain import checks
-from pretrain.data import packing
-from pretrain.data.objectives import IGNORE, MaskedLM, batch_of, make_objective
-from pretrain.data.stream import Rows
-from pretrain.data.tables import Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged, make_examples
+from pretrain.config import checks
+from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_examples
+from pretrain.examples.tables import Table
 from pretrain.model import losses
+from pretrain.stream import packing
+from pretrain.stream.objectives import IGNORE, MaskedLM, batch_of, make_objective
+from pretrain.stream.stream import Rows
 from pretrain.tasks.task import Task, read_rows
 
 

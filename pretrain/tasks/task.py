@@ -14,11 +14,11 @@ from torch import nn
 from tqdm import tqdm
 
 from pretrain import dist
-from pretrain.config import ModelConfig, ObjectiveConfig, TaskConfig
-from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Table
-from pretrain.data.tasks import ExampleRows, Examples, Ragged
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.config.schema import ModelConfig, ObjectiveConfig, TaskConfig
+from pretrain.examples.stream import ExampleRows, Examples, Ragged
+from pretrain.examples.tables import Table
+from pretrain.stream.objectives import IGNORE
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Inputs = dict[str, torch.Tensor]

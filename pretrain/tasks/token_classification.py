@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain import metrics
-from pretrain.config import TaskConfig
-from pretrain.data.objectives import IGNORE
-from pretrain.data.tables import Column, Table
-from pretrain.data.tasks import Examples, Ragged, make_examples
+from pretrain.config.schema import TaskConfig
+from pretrain.evaluation import metrics
+from pretrain.examples.stream import Examples, Ragged, make_examples
+from pretrain.examples.tables import Column, Table
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.stream.objectives import IGNORE
 from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, whole_text
 
 OUTSIDE = "O"

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pretrain.data.tables import Table
-from pretrain.data.tasks import ExampleRows, Examples
 from pretrain.dist import Ranks, all_gather_tensor, all_reduce_sum
-from pretrain.evaluate import Evaluate
-from pretrain.generate import generate_batch
+from pretrain.evaluation.validation import Evaluate
+from pretrain.examples.stream import ExampleRows, Examples
+from pretrain.examples.tables import Table
+from pretrain.inference.generate import generate_batch
 from pretrain.tasks.task import Task
 
 

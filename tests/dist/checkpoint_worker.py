@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, dist
-from pretrain.checkpoint import Checkpoints, Header
-from pretrain.engine import Fragment
+from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint import load
+from pretrain import dist
+from pretrain.checkpoint.save import Checkpoints
+from pretrain.checkpoint.manifest import Header
+from pretrain.engine.fragments import Fragment
 
 SHAPES = {"a.weight": (7, 5), "b.weight": (11,), "c.weight": (2, 3, 4)}
 KINDS = ("weight", "exp_avg")
@@ -64,7 +67,7 @@ def main(out: Path) -> None:
     for step in (1, 2, 3, 4):
         saver.save(header(step), fragments(step, [0, 0.37, 1], ranks.rank))
         saver.wait()
-    results["kept"] = [path.name for path in checkpoint.committed(folder)]
+    results["kept"] = [path.name for path in committed(folder)]
     results["resharded"] = all(reload(folder, cuts, ranks) for cuts in ([0, 0.5, 1], [0, 0.1, 1], [0, 0, 1], [0, 1, 1]))
     results["failed_rank"] = failing_rank(saver, ranks, events)
     results["damage"] = {}
@@ -77,7 +80,7 @@ def main(out: Path) -> None:
 
 def reload(folder: Path, cuts: list[float], ranks) -> bool:
     mine = fragments(0, cuts, ranks.rank)
-    checkpoint.load(checkpoint.committed(folder)[0], mine)
+    load.fill(committed(folder)[0], mine)
     return all(dist.all_gather_objects(correct(mine, 4)))
 
 
@@ -103,7 +106,7 @@ def damage(source: Path, folder: Path, ranks, kind: str) -> dict:
     events: list = []
     if ranks.is_main:
         shutil.copytree(source, folder)
-        newest = checkpoint.committed(folder)[0]
+        newest = committed(folder)[0]
         file = newest / ("manifest.json" if "manifest" in kind else "rank-00001.safetensors")
         content = bytearray(file.read_bytes())
         if kind in ("missing", "no manifest"):
@@ -116,9 +119,9 @@ def damage(source: Path, folder: Path, ranks, kind: str) -> dict:
         else:
             file.write_text(file.read_text().replace('"samples": 5', '"samples": 6'))
     dist.barrier()
-    chosen = checkpoint.choose(folder, ranks, lambda kind, **facts: events.append([kind, facts]))
+    chosen = load.choose(folder, ranks, lambda kind, **facts: events.append([kind, facts]))
     loaded = fragments(0, [0, 0.5, 1], ranks.rank)
-    step = checkpoint.load(chosen, loaded).step
+    step = load.fill(chosen, loaded).step
     right = dist.all_gather_objects(correct(loaded, step))
     return {"chosen": chosen.name, "events": events, "right": right, "names": [path.name for path in folder.iterdir()]}
 

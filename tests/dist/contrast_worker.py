@@ -13,10 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain import compose, config, dist, engine
-from pretrain.data.order import hash_key
-from pretrain.data.tables import Table
-from pretrain.data.tasks import Examples, ExampleStream, Ragged, make_examples
+from pretrain.engine.engine import Engine
+from pretrain.config.schema import accumulation_steps
+from pretrain.engine.settings import deepspeed_config
+from pretrain import dist
+from pretrain.config import compose
+from pretrain.stream.order import hash_key
+from pretrain.examples.tables import Table
+from pretrain.examples.stream import Examples, ExampleStream, Ragged, make_examples
 from pretrain.loop import on_device, split
 from pretrain.model.heads import build_model
 from pretrain.model.initial import initial_value
@@ -64,17 +68,17 @@ def micro_batches(micro: int, rank: int, world_size: int) -> list[dict[str, torc
     return [on_device(TASK.collate(part), torch.device("cpu")) for part in split(stream.rows(stream.numbers(0)), micro)]
 
 
-def build(stage: int, micro: int, dropout: float, ranks: dist.Ranks, device: torch.device) -> engine.Engine:
+def build(stage: int, micro: int, dropout: float, ranks: dist.Ranks, device: torch.device) -> Engine:
     train = replace(CONFIG.train, global_batch_size=BATCH, micro_batch_size=micro)
-    accumulation = config.accumulation_steps(train, ranks.world_size)
-    settings = engine.deepspeed_config(replace(CONFIG.deepspeed, stage=stage), BATCH, micro, accumulation, 0.0, "fp32")
+    accumulation = accumulation_steps(train, ranks.world_size)
+    settings = deepspeed_config(replace(CONFIG.deepspeed, stage=stage), BATCH, micro, accumulation, 0.0, "fp32")
     new_model = functools.partial(build_model, replace(CONFIG.model, dropout=dropout))
-    built = engine.Engine(new_model, TASK.loss_rows, settings, replace(CONFIG.optim, grad_clip=0.0), ranks, device)
+    built = Engine(new_model, TASK.loss_rows, settings, replace(CONFIG.optim, grad_clip=0.0), ranks, device)
     fill_engine(built, initial_values(CONFIG.model))
     return built
 
 
-def compared(built: engine.Engine, micro: int, dropout: float, ranks: dist.Ranks) -> dict:
+def compared(built: Engine, micro: int, dropout: float, ranks: dist.Ranks) -> dict:
     """A step of the engine beside the plain graph."""
     loss, norm = built.step(micro_batches(micro, ranks.rank, ranks.world_size), BATCH, 1e-3, SEED)
     expected, gradient = plain(dropout, micro, ranks.world_size)

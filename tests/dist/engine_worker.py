@@ -11,8 +11,16 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, compose, config, dist, engine, optim
-from pretrain.data.objectives import IGNORE
+from pretrain.config.schema import Config, accumulation_steps
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import deepspeed_config
+from pretrain.engine.fragments import WEIGHT
+from pretrain.checkpoint.save import Checkpoints
+from pretrain.checkpoint.manifest import Header
+from pretrain.checkpoint import load
+from pretrain import dist, optim
+from pretrain.config import compose
+from pretrain.stream.objectives import IGNORE
 from pretrain.model import losses
 from pretrain.model.heads import build_model
 from pretrain.model.losses import cross_entropy_rows
@@ -52,16 +60,16 @@ def main(out: Path) -> None:
 
 
 @functools.cache
-def config_of(stage: int, part: str) -> config.Config:
+def config_of(stage: int, part: str) -> Config:
     overrides = ["run.name=x", "model=llama_tiny", "model.layers=1", f"model.vocab_size={VOCAB}", "train.seq_len=24"]
     return compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}", *PARTS[part][0]])
 
 
-def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all") -> engine.Engine:
+def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all") -> Engine:
     cfg = config_of(stage, part)
     train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
-    accumulation = config.accumulation_steps(train_config, ranks.world_size)
-    settings = engine.deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
+    accumulation = accumulation_steps(train_config, ranks.world_size)
+    settings = deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
 
     optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
 
@@ -71,7 +79,7 @@ def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1
             parameter.requires_grad_(PARTS[part][1](name))
         return model
 
-    built = engine.Engine(new_model, loss_rows, settings, optim_config, ranks, device)
+    built = Engine(new_model, loss_rows, settings, optim_config, ranks, device)
     fill_engine(built, initial_values(cfg.model))
     built.micro, built.model_config, built.optim_config = micro, cfg.model, optim_config
     return built
@@ -113,7 +121,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
         expected.append(loss.item())
     evaluated = (built.evaluate(loss_rows, **everything), loss_rows(model, **everything).detach())
     plain = dict(model.named_parameters())
-    weights = (f for f in built.fragments() if f.kind == engine.WEIGHT)
+    weights = (f for f in built.fragments() if f.kind == WEIGHT)
     worst = max(
         (f.values - plain[f.name].detach().view(-1)[f.offset : f.offset + len(f.values)]).abs().max().item()
         for f in weights
@@ -138,7 +146,7 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 
 
-def train(built: engine.Engine, ranks, steps: int, first: int = 0) -> dict:
+def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
     """Losses, norms and the coverage of the fragments after `steps` updates."""
     losses, norms = [], []
     for k in range(first, first + steps):
@@ -173,7 +181,7 @@ def train_part(part: str, stage: int, precision: str, out: Path, ranks, device) 
     computed = torch.bfloat16 if precision == "bf16" else torch.float32  # what does not learn is kept in this
     same: dict[str, bool] = {}
     for f in built.fragments():
-        if f.kind == engine.WEIGHT:
+        if f.kind == WEIGHT:
             before = first(f.name, f.shape).view(-1)[f.offset : f.offset + len(f.values)]
             same[f.name] = torch.equal(f.values.float(), before.to(computed).float())
     changed = {name for found in dist.all_gather_objects(same) for name, is_same in found.items() if not is_same}
@@ -182,19 +190,19 @@ def train_part(part: str, stage: int, precision: str, out: Path, ranks, device) 
 
 def move(
     before: int, after: int, folder: Path, ranks, device, precision="fp32", part="all"
-) -> tuple[dict, engine.Engine]:
+) -> tuple[dict, Engine]:
     """Three steps at one stage, a checkpoint, three at another: what it loaded and how it went on."""
     first = build(before, precision, 2, ranks, device, part=part)
     losses = train(first, ranks, 3)["losses"]
     path = folder / f"checkpoints-{part}-{precision}-{before}-{after}"
     events = []
-    saver = checkpoint.Checkpoints(path, ranks, 1, lambda kind, **facts: events.append(kind))
-    header = checkpoint.Header(3, "adamw", first.optimizer_steps, {}, {})
+    saver = Checkpoints(path, ranks, 1, lambda kind, **facts: events.append(kind))
+    header = Header(3, "adamw", first.optimizer_steps, {}, {})
     saver.save(header, first.fragments_to_save())
     assert saver.wait(), events
     second = build(after, precision, 2, ranks, device, part=part)
-    found = checkpoint.choose(path, ranks, lambda kind, **facts: events.append(kind))
-    loaded = checkpoint.load(found, second.fragments())
+    found = load.choose(path, ranks, lambda kind, **facts: events.append(kind))
+    loaded = load.fill(found, second.fragments())
     second.refresh(loaded.optimizer_steps)
     result = train(second, ranks, 3, first=3)
     return result | {"losses": losses + result["losses"], "events": events}, second

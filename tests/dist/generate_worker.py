@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
-from pretrain import compose, dist, engine
-from pretrain.generate import generate_batch
+from pretrain.engine.settings import deepspeed_config
+from pretrain.engine.engine import Engine
+from pretrain import dist
+from pretrain.config import compose
+from pretrain.inference.generate import generate_batch
 from pretrain.model.heads import build_model
 from pretrain.model.losses import cross_entropy_rows
 from tests.models import SMALL, fill_engine, initial_values
@@ -33,8 +36,8 @@ def run(stage: int, ranks: dist.Ranks, device: torch.device) -> dict:
     threshold = "+deepspeed.extra.zero_optimization.param_persistence_threshold=0"  # else small ones stay whole
     overrides = [*SMALL, f"deepspeed=zero{stage}", *([threshold] if stage == 3 else [])]
     cfg = compose.compose("pretrain", overrides)
-    settings = engine.deepspeed_config(cfg.deepspeed, 4, 2, 1, 1.0, "fp32")
-    built = engine.Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
+    settings = deepspeed_config(cfg.deepspeed, 4, 2, 1, 1.0, "fp32")
+    built = Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
     fill_engine(built, initial_values(cfg.model, 5))
     ids = [generate(built.engine, mine, ranks) for mine in (PROMPTS, PROMPTS[1:])]
     losses = [step(built, ranks)]
@@ -43,7 +46,7 @@ def run(stage: int, ranks: dist.Ranks, device: torch.device) -> dict:
     return {"ids": dist.all_gather_objects(ids), "losses": losses}
 
 
-def step(built: engine.Engine, ranks: dist.Ranks) -> float:
+def step(built: Engine, ranks: dist.Ranks) -> float:
     tokens = TOKENS[ranks.rank]
     batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
     return built.step([batch], 2 * 2 * 16, 1e-2)[0]

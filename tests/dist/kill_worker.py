@@ -10,8 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from pretrain import checkpoint, dist
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import load
+from pretrain import dist
+from pretrain.checkpoint.save import Checkpoints
 from tests.dist.checkpoint_worker import correct, fragments, header
 
 WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -49,9 +50,9 @@ def save(folder: Path, step: int, kill_at: int) -> None:
 def check(folder: Path) -> None:
     """Exit with 0 only when a checkpoint is there, complete and right, and nothing half written is left."""
     Checkpoints(folder, dist.ALONE, 1, lambda *args, **facts: None)
-    chosen = checkpoint.choose(folder, dist.ALONE, lambda *args, **facts: os._exit(8))
+    chosen = load.choose(folder, dist.ALONE, lambda *args, **facts: os._exit(8))
     loaded = fragments(0, [0, 1], 0)
-    step = checkpoint.load(chosen, loaded).step
+    step = load.fill(chosen, loaded).step
     visible = {path.name for path in folder.iterdir()}
     good = correct(loaded, step) and all(name.startswith("step-") for name in visible)
     os._exit(step if good else 7)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain import compose, dist, engine
+from pretrain.engine.settings import deepspeed_config
+from pretrain.engine.engine import Engine
+from pretrain import dist
+from pretrain.config import compose
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
 from tests.models import fill_engine, initial_values
@@ -40,8 +43,8 @@ def held(stage: int, precision: str, ranks, device) -> dict:
     cfg = compose.compose("pretrain", ["run.name=x", *MODEL, f"deepspeed=zero{stage}"])
     kept_whole = {"param_persistence_threshold": 0} if stage == 3 else {}
     config = replace(cfg.deepspeed, extra={"zero_optimization": BUCKETS | kept_whole} if stage else {})
-    settings = engine.deepspeed_config(config, 4 * ranks.world_size, 2, 2, 1.0, precision)
-    built = engine.Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
+    settings = deepspeed_config(config, 4 * ranks.world_size, 2, 2, 1.0, precision)
+    built = Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
     fill_engine(built, initial_values(cfg.model))
     parts = [dict.fromkeys(("inputs", "labels"), torch.randint(0, 64, (2, 8))) for _ in range(2)]
     most = 0

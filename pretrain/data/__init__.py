@@ -1,1 +1,0 @@
-"""Text on disk to exact, rank-independent batches of token windows."""

@@ -1,0 +1,1 @@
+"""Tables of examples to fine-tune on, and the stream of them."""

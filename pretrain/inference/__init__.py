@@ -1,0 +1,1 @@
+"""What a model is used for: writing text, and searching among vectors."""

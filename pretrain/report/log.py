@@ -1,0 +1,325 @@
+"""What a run tells the world, from rank 0: the journal (the truth), events, the console and Weights & Biases.
+
+The only module that imports wandb. Trouble with W&B becomes an event and never reaches training.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pretrain.config.schema import LogConfig
+from pretrain.files import sync_folder
+
+INIT_TIMEOUT_SECONDS = 20  # wandb's own defaults are 90 s to start, and no limit at all to finish
+FINISH_TIMEOUT_SECONDS = 60
+
+
+class Log:
+    """One per process; on all ranks but the main one every method does nothing.
+
+    Opening it cuts the journal back to the rows with step <= `start_step`, the step that training continues from.
+    """
+
+    def __init__(
+        self, config: LogConfig, run_dir: Path, total_steps: int, resolved_config: dict[str, Any], start_step: int,
+        is_main: bool,
+    ) -> None:  # fmt: skip
+        self._is_main = is_main
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._console = _Console(config.console, run_dir.name, total_steps, start_step)
+        _drop_torn_line(run_dir / "events.jsonl")
+        self._events = open(run_dir / "events.jsonl", "ab")
+        self._journal = _Journal(run_dir / "metrics.jsonl", start_step)
+        changes = {f"rows_{name}": getattr(self._journal, name) for name in ("cut", "damaged", "missing")}
+        if any(changes.values()):
+            self.event("journal", step=start_step, **{name: rows for name, rows in changes.items() if rows})
+        self._wandb = None
+        if config.wandb != "disabled":
+            self._wandb = _WandbRun(config, run_dir, resolved_config, self.event)
+            self._wandb.catch_up(run_dir / "metrics.jsonl", start_step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Write the metrics of one step; `row["step"]` must be greater than the last one."""
+        if not self._is_main:
+            return
+        self._journal.append(row)
+        self._console.show(row)
+        if self._wandb:
+            self._wandb.send(row)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append to events.jsonl what happened and why, and print it."""
+        if not self._is_main:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._events.write(_json_line({"time": now, "kind": kind, **facts}))
+        self._events.flush()
+        if self._console.enabled:
+            told = ", ".join(f"{name} {' '.join(str(value).split())}" for name, value in facts.items())
+            self._console.say(f"{kind}: {told}" if told else kind)
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar, also where the console is off."""
+        if self._is_main:
+            self._console.say(text)
+
+    def sync(self) -> None:
+        """Wait until the journal is on the disk: a checkpoint must not outlive the rows that led to it."""
+        if self._is_main:
+            os.fsync(self._journal.file.fileno())
+
+    def close(self, **summary: Any) -> None:
+        """End the bar and W&B; `summary` becomes the W&B run's summary. Closing twice is harmless."""
+        if not self._is_main:
+            return
+        self._console.close()
+        if self._wandb:
+            self._wandb.finish(summary)
+            self._wandb = None
+        self._journal.file.close()
+        self._events.close()
+
+
+class _Journal:
+    """metrics.jsonl, a line of JSON a step. Counts the rows that opening it dropped (`cut`, `damaged`), or misses."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.cut = self.damaged = self._last_step = 0
+        kept = self._repair(path, start_step)
+        self.missing = max(start_step - kept, 0)
+        self._last_step = max(self._last_step, start_step)
+        self.file = open(path, "ab")
+
+    def _repair(self, path: Path, start_step: int) -> int:
+        """Keep the whole rows up to `start_step`, through a temporary file and a rename; returns how many they are."""
+        if not path.exists():
+            return 0
+        kept, tmp = 0, path.with_suffix(".jsonl.tmp")
+        with open(path, "rb") as old, open(tmp, "wb") as new:
+            for line in old:
+                step = _step_of(line)
+                if step is None or step <= self._last_step:
+                    self.damaged += 1
+                elif step > start_step:
+                    self.cut += 1
+                else:
+                    self._last_step, kept = step, kept + 1
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        if self.cut or self.damaged:
+            os.replace(tmp, path)
+            sync_folder(path.parent)
+        else:
+            tmp.unlink()
+        return kept
+
+    def append(self, row: dict[str, Any]) -> None:
+        assert row["step"] > self._last_step, f"step {row['step']} comes after step {self._last_step}"
+        self._last_step = row["step"]
+        self.file.write(_json_line(row))
+        self.file.flush()
+
+
+class _Console:
+    """A tqdm bar on a terminal; elsewhere (a log file, Slurm) a plain line now and then. Other lines go to stdout."""
+
+    def __init__(self, enabled: bool, label: str, total_steps: int, start_step: int) -> None:
+        self.enabled = enabled
+        self._label = label
+        self._total_steps = total_steps
+        self._opened = self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # (step, time) that the time left is measured from
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(
+                total=total_steps, initial=start_step, desc=label, unit="step", dynamic_ncols=True, miniters=1,
+                mininterval=0.2, bar_format=form,
+            )  # fmt: skip
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show the figures of a step; those of an evaluation get a line of their own."""
+        if not self.enabled:
+            return
+        figures = {name[4:].replace("_", " "): value for name, value in row.items() if name.startswith("val_")}
+        if told := ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None):
+            self.say(f"step {row['step']:,}: validation {told}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(row), refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        else:
+            self._show_plain(row)
+
+    def _show_plain(self, row: dict[str, Any]) -> None:
+        now, step = time.monotonic(), row["step"]
+        if self._first is None:
+            self._first = (step, now)  # the first step warms up: it would spoil the estimate
+        # Ever rarer, so that the log of a week's run stays short.
+        elif now - self._printed < max(10, min(300, (now - self._opened) / 20)) and step < self._total_steps:
+            return
+        self._printed = now
+        left = ""
+        if step > self._first[0] and step < self._total_steps:
+            seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total_steps - step)
+            left = f", {tqdm.format_interval(seconds)} left"
+        percent = 100 * step // max(self._total_steps, 1)
+        head = f"{self._label} {percent:3d}% step {step:,}/{self._total_steps:,}"
+        print(f"{head}: {_figures(row)}{left}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _WandbRun:
+    """One W&B run for the life of the run's folder.
+
+    `wandb/state.json` holds its id and the last step handed over, because `resume=` does nothing offline: a run that
+    goes back to a checkpoint sends no step twice.
+    """
+
+    def __init__(
+        self, config: LogConfig, run_dir: Path, resolved_config: dict[str, Any], report: Callable[..., None]
+    ) -> None:
+        self._report = report
+        self._run = None
+        self._state = run_dir / "wandb" / "state.json"
+        self._state.parent.mkdir(exist_ok=True)
+        self.id, self._sent_step = self._load_state()
+        self._mark = open(self._state, "r+b", buffering=0)
+        # wandb announces credentials before it has read our settings, and reports errors over the network.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for mode in ("online", "offline") if config.wandb == "online" else ("offline",):
+            try:
+                self._run = _start_wandb(mode, self.id, config.project, run_dir, resolved_config)
+                return
+            except Exception as error:  # whatever W&B does, training goes on
+                instead = "offline" if mode == "online" else "no W&B"
+                self._report("wandb", problem=f"{mode} failed: {error}", instead=instead)
+
+    def _load_state(self) -> tuple[str, int]:
+        fresh = {"id": uuid.uuid4().hex[:12], "sent_step": 0}
+        try:
+            state = json.loads(self._state.read_text())
+            return str(state["id"]), int(state["sent_step"])
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            self._report("wandb", problem=f"{self._state} is damaged: {error}", instead=f"new W&B run {fresh['id']}")
+        tmp = self._state.with_suffix(".tmp")
+        tmp.write_bytes(_state_bytes(**fresh))
+        os.replace(tmp, self._state)
+        return fresh["id"], 0
+
+    def catch_up(self, journal: Path, start_step: int) -> None:
+        """Send the journal's rows that W&B has not seen, of a time when it was disabled."""
+        if self._run is not None and self._sent_step < start_step:
+            with open(journal, "rb") as lines:
+                for line in lines:
+                    self.send(json.loads(line))
+
+    def send(self, row: dict[str, Any]) -> None:
+        """Hand over the numbers of a row, once."""
+        if self._run is None or row["step"] <= self._sent_step:
+            return
+        try:
+            self._sent_step = row["step"]
+            os.pwrite(self._mark.fileno(), _state_bytes(self.id, self._sent_step), 0)
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            # With step= wandb waits for the next step to commit this one, unless told.
+            self._run.log(numbers, step=row["step"], commit=True)
+        except Exception as error:
+            self._run = None
+            self._report("wandb", problem=f"log failed: {error}", instead="no W&B from here on")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        try:
+            if self._run is not None:
+                self._run.summary.update(summary)
+                self._run.finish()
+        except Exception as error:
+            self._report("wandb", problem=f"finish failed: {error}", instead="`wandb sync` sends what is left")
+        self._mark.close()
+
+
+def _start_wandb(mode: str, run_id: str, project: str, run_dir: Path, resolved_config: dict[str, Any]) -> Any:
+    """Start W&B with nothing captured but what we send: no console, code, git, requirements, machine facts."""
+    import wandb  # half a second that ranks without W&B need not wait
+
+    wandb.teardown()  # a start that failed leaves its run id "in use"
+    settings = wandb.Settings(
+        silent=True, console="off", disable_git=True, disable_code=True, save_code=False, x_disable_meta=True,
+        x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+        init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS,
+        finish_timeout_raises=True,
+    )  # fmt: skip
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")  # it would ask for one and wait
+    resume = {"resume": "allow"} if mode == "online" else {}
+    run = wandb.init(
+        project=project, dir=str(run_dir), mode=mode, id=run_id, name=run_dir.name, config=resolved_config,
+        settings=settings, **resume,
+    )  # fmt: skip
+    run.define_metric("step")
+    run.define_metric("tokens")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _figures(row: dict[str, Any]) -> str:
+    """Loss, speed and MFU, those that the row has."""
+    forms = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+    return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
+
+
+def _json_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """What any JSON reader accepts: numbers of numpy and torch become Python's, non-finite ones null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a journal line; None where the line is torn or damaged."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row["step"] if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _state_bytes(id: str, sent_step: int) -> bytes:
+    """Padded to one length, so that writing it in place leaves nothing of an older one."""
+    return json.dumps({"id": id, "sent_step": sent_step}).ljust(127).encode() + b"\n"
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)

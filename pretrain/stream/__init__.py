@@ -1,0 +1,1 @@
+"""The order of the samples, a pure function, and the exact, rank-independent batches that follow from it."""

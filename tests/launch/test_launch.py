@@ -1,0 +1,249 @@
+"""The launchers: set-up's states, signals that must reach the training processes, exit codes, nothing left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPTS = sorted([*(ROOT / "launch").iterdir(), ROOT / ".ci" / "run"])
+LAUNCHERS = ("torchrun", "deepspeed")
+TINY = (
+    "model=llama_tiny", "train.steps=100000", "train.global_batch_size=4", "train.micro_batch_size=2",
+    "train.seq_len=64", "train.save_every=0", "train.eval_every=0", "log=none",
+)  # fmt: skip
+
+
+@pytest.fixture
+def launch_environment(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "PYTHON": sys.executable, "NPROC": "2"}
+
+
+@pytest.fixture
+def stub_environment(launch_environment: dict[str, str]) -> dict[str, str]:
+    return {**launch_environment, "MODULE": "tests.dist.stub_trainer"}
+
+
+def start(launcher: str, *arguments: object, env: dict[str, str], cwd: Path) -> subprocess.Popen:
+    command = [str(ROOT / "launch" / f"{launcher}.sh"), *map(str, arguments)]
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_until(done, process: subprocess.Popen, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_naming(folder: Path) -> list[str]:
+    """Ids and command lines of the live processes that work in or name a test's folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if command and (str(folder) in command or os.readlink(entry / "cwd") == str(folder)):
+                found.append(f"{entry.name} {command}")
+        except OSError:
+            continue
+    return found
+
+
+def both_started(folder: Path) -> bool:
+    return all((folder / f"started-{rank}").exists() and (folder / f"started-{rank}").read_text() for rank in (0, 1))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_explains_itself(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    lines = script.read_text().splitlines()
+    sourced = script.name in ("env.sh", "run.sh")
+    assert sourced or (os.access(script, os.X_OK) or script.suffix == ".sbatch") and lines[0] == "#!/usr/bin/env bash"
+    assert lines[0 if sourced else 1].startswith("# "), "opens with its purpose"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sent", "received"), [("torchrun", "USR1", "SIGUSR1"), ("deepspeed", "INT", "SIGTERM")]
+)
+def test_signal_reaches_every_rank(launcher, sent, received, tmp_path, stub_environment):
+    process = start(launcher, tmp_path, env=stub_environment, cwd=tmp_path)
+    wait_until(lambda: both_started(tmp_path), process)
+    process.send_signal(signal.Signals[f"SIG{sent}"])
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [received] * 2
+    assert processes_naming(tmp_path) == []
+
+
+def test_second_interrupt_stops_at_once(tmp_path, stub_environment):
+    process = start("torchrun", tmp_path, "stubborn", env=stub_environment, cwd=tmp_path)
+    wait_until(lambda: both_started(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.1)  # a second one within a second counts as the same (`timeout` sends two)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=10)[0]
+    assert process.returncode not in (0, 1), output
+    assert processes_naming(tmp_path) == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_launcher_is_a_failure_and_leaves_no_process(launcher, tmp_path, stub_environment):
+    process = start(launcher, tmp_path, "stubborn", env=stub_environment, cwd=tmp_path)
+    wait_until(lambda: both_started(tmp_path), process)
+    worker = int((tmp_path / "started-0").read_text())
+    parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGKILL)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode not in (0, 2), output
+    assert processes_naming(tmp_path) == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_nodes_on_one_host(launcher, tmp_path, stub_environment):
+    """NNODES and NODE_RANK join two launches; the ranks count on; a signal to each stops each."""
+    env = {**stub_environment, "NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417"}
+    nodes = [start(launcher, tmp_path, env={**env, "NODE_RANK": str(n)}, cwd=tmp_path) for n in (0, 1)]
+    wait_until(lambda: both_started(tmp_path), nodes[0])
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    assert [node.communicate(timeout=30) and node.returncode for node in nodes] == [0, 0]
+    assert processes_naming(tmp_path) == []
+
+
+def test_help_is_printed_once(tmp_path, stub_environment):
+    process = start("torchrun", "--help", env=stub_environment, cwd=tmp_path)
+    assert process.communicate(timeout=30)[0] == "help\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"NPROC": "two"}, "NPROC=two"),
+        ({"NPROC": "0"}, "at least 1"),
+        ({"NNODES": "2"}, "needs MASTER_ADDR"),
+        ({"NODE_RANK": "1"}, "below NNODES=1"),
+        ({"PYTHON": "/nowhere/python"}, "launch/setup.sh"),
+    ],
+)
+def test_bad_setting_is_one_message(setting, words, tmp_path, stub_environment):
+    process = start("torchrun", tmp_path, env={**stub_environment, **setting}, cwd=tmp_path)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 2 and output.count("\n") == 1 and output.startswith("error: ") and words in output
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_bad_config_is_one_message(launcher, tmp_path, launch_environment):
+    process = start(launcher, "run.name=x", "train.stepz=3", env=launch_environment, cwd=tmp_path)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, output
+    assert output.count("error:") == 1 and "train.stepz" in output and "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("launcher", "sent"), [("torchrun", "TERM"), ("deepspeed", "USR1")])
+def test_training_saves_and_stops(launcher, sent, tmp_path, shards, launch_environment):
+    """Two real ranks: on the signal they save the step they are at, and the launcher ends with 0."""
+    arguments = (*TINY, "run.name=signalled", f"data.train={shards}")
+    process = start(launcher, *arguments, env=launch_environment, cwd=tmp_path)
+    run = tmp_path / "runs" / "signalled"
+    journal = run / "metrics.jsonl"
+    wait_until(lambda: journal.exists() and journal.read_text().count("\n") >= 3, process)
+    process.send_signal(signal.Signals[f"SIG{sent}"])
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    last = json.loads(journal.read_text().splitlines()[-1])["step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:09d}"]
+    assert processes_naming(tmp_path) == []
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip "*) exit "${PIP_EXIT:-0}" ;;
+    *) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
+
+
+class SetUp:
+    """setup.sh in a copied checkout with a Python that only notes what it is asked to install."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls = folder / "checkout", folder / "calls"
+        (self.folder / "launch").mkdir(parents=True)
+        for name in ("launch/setup.sh", "setup.py", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.folder / name)
+        (folder / "python").write_text(FAKE_PYTHON)
+        (folder / "python").chmod(0o755)
+        self.env = {**os.environ, "BASE_PYTHON": str(folder / "python"), "CALLS": str(self.calls)}
+        self.env["REAL_PYTHON"] = sys.executable
+
+    def run(self, **env: str) -> tuple[int, str, bool, bool]:
+        """Exit code, output, whether it made a venv, whether it installed."""
+        self.calls.write_text("")
+        done = subprocess.run(
+            [self.folder / "launch" / "setup.sh"], env={**self.env, **env}, cwd="/", text=True, timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        calls = self.calls.read_text()
+        return done.returncode, done.stdout, "-m venv" in calls, "-m pip" in calls
+
+
+def test_set_up_installs_once_and_again_after_a_change(tmp_path):
+    set_up = SetUp(tmp_path)
+    code, output, made, installed = set_up.run()
+    assert (code, made, installed) == (0, True, True), output
+    assert set_up.run() == (0, "", False, False)
+    with open(set_up.folder / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    code, output, made, installed = set_up.run()
+    assert (code, made, installed) == (0, False, True) and "has changed" in output
+    assert set_up.run() == (0, "", False, False)
+
+
+def test_set_up_cut_short_starts_over(tmp_path):
+    set_up = SetUp(tmp_path)
+    assert set_up.run(PIP_EXIT="1")[0] == 1
+    code, output, made, installed = set_up.run()
+    assert (code, made, installed) == (0, True, True) and "starting over" in output
+    (set_up.folder / ".venv" / "bin" / "python").unlink()
+    code, output, made, installed = set_up.run()
+    assert (code, made, installed) == (0, True, True) and "starting over" in output
+
+
+def test_set_up_refuses_what_it_cannot_use(tmp_path):
+    set_up = SetUp(tmp_path)
+    code, output, _, _ = set_up.run(BASE_PYTHON="/nowhere/python3")
+    assert code == 1 and "Python 3.10" in output
+    foreign = set_up.folder / ".venv" / "mine"
+    foreign.parent.mkdir()
+    foreign.write_text("precious")
+    code, output, made, installed = set_up.run()
+    assert (code, made, installed) == (1, False, False) and "not made by this script" in output
+    assert foreign.read_text() == "precious"
+
+
+def test_set_up_waits_for_another(tmp_path):
+    set_up = SetUp(tmp_path)
+    commands = [subprocess.Popen([set_up.folder / "launch" / "setup.sh"], env=set_up.env) for _ in range(3)]
+    assert [command.wait(60) for command in commands] == [0, 0, 0]
+    assert set_up.calls.read_text().count("-m venv") == set_up.calls.read_text().count("-m pip") == 1
+
+
+def test_ranks_do_not_depend_on_the_threads_of_a_rank():
+    """nproc itself obeys OMP_NUM_THREADS, which a script around the launcher may have set."""
+    cores = len(os.sched_getaffinity(0))
+    env = {key: value for key, value in os.environ.items() if key not in ("NPROC", "CUDA_VISIBLE_DEVICES")}
+    line = ["bash", "-c", f"source {ROOT}/launch/env.sh; echo $NPROC $OMP_NUM_THREADS"]
+    for threads, expected in (({}, str(max(1, cores // min(2, cores)))), ({"OMP_NUM_THREADS": "1"}, "1")):
+        said = subprocess.run(line, env={**env, **threads, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+        assert said.stdout.split() == [str(min(2, cores)), expected]
