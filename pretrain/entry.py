@@ -180,14 +180,11 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)
     checkpoints = Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
-    facts = {"model": asdict(plan.model), "flops_per_token": plan.flops_per_token}
-    facts["peak_flops"] = peak * ranks.world_size
+    data = loop.Data(plan.stream, plan.collate, plan.validation, best)
+    model = loop.ModelFacts(asdict(plan.model), plan.flops_per_token, peak * ranks.world_size)
     if start_step >= cfg.train.steps:
         log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
-    step = loop.train_loop(
-        cfg, trainer, plan.stream, plan.collate, plan.validation, best, checkpoints, guard, log, ranks, facts,
-        start_step,
-    )  # fmt: skip
+    step = loop.train_loop(cfg, trainer, data, model, checkpoints, guard, log, ranks, start_step)
     if ranks.is_main:
         if start_step < step == cfg.train.steps:
             write_sample(plan, step)
@@ -253,11 +250,11 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
     if found is not None:
         before = read_header(found)
         plan.stream.resume(before.state, before.step)
-        header = load.fill(found, trainer.fragments())
-        trainer.refresh(header.optimizer_steps)
+        header = load.fill(found, trainer.layout.fragments())
+        trainer.layout.refresh(header.optimizer_steps)
         return header.step
     weights = convert.open_model(Path(plan.config.init)) if plan.config.init else None
-    for fragment in trainer.fragments():
+    for fragment in trainer.layout.fragments():
         if fragment.kind != WEIGHT:
             continue
         if weights and fragment.name not in plan.new_parameters:
@@ -265,7 +262,7 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
         else:
             full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
             fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
-    trainer.refresh(0)
+    trainer.layout.refresh(0)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,25 +22,40 @@ from pretrain.stream.order import hash_key
 from pretrain.stream.stream import Rows, Stream, batch_hash
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from, and the held-out part that it is judged by."""
+
+    stream: Stream | ExampleStream
+    collate: Callable[[Rows | ExampleRows], dict[str, np.ndarray]]  # rows -> a batch of as many, by names
+    validation: Evaluation | None
+    best: Best | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What checkpoints keep of the model, and what its speed is measured by."""
+
+    config: dict  # with the vocabulary filled in
+    flops_per_token: Callable[[float], float]  # at a sequence length
+    peak_flops: float  # of all ranks together, a second
+
+
 def train_loop(
-    config: Config, engine: Engine, stream: Stream | ExampleStream, collate: Callable, validation: Evaluation | None,
-    best: Best | None, checkpoints: Checkpoints, guard: Guard, log: Log, ranks: Ranks, model_facts: dict,
-    start_step: int,
+    config: Config, engine: Engine, data: Data, model: ModelFacts, checkpoints: Checkpoints, guard: Guard, log: Log,
+    ranks: Ranks, start_step: int,
 ) -> int:  # fmt: skip
     """Train from `start_step` to `config.train.steps`, to a stop signal, or until nothing got better for long enough;
-    returns the last step, which is saved.
-
-    `collate(rows)` makes a batch of rows, {name: array of as many rows}. `model_facts`: the model's config with its
-    vocabulary (kept in checkpoints), its FLOPs a token at a sequence length, the ranks' peak FLOPs a second.
-    Raises `FloatingPointError` when the guard ends the run.
+    returns the last step, which is saved. Raises `FloatingPointError` when the guard ends the run.
     """
+    stream, validation, best = data.stream, data.validation, data.best
     batches, told = stream.batches(start_step), stream.quarantine
     step, stopped = start_step, best.is_over if best else None
     while step < config.train.steps and not stopped:
         train = at_step(config.train, step)
         started = time.perf_counter()
         rows = next(batches)
-        parts = [collate(part) for part in split(rows, train.micro_batch_size)]
+        parts = [data.collate(part) for part in split(rows, train.micro_batch_size)]
         targets, hashed = agree_on_batch(rows, [part["labels"] for part in parts])
         lr = optim.learning_rate(step, train.steps, config.optim.lr, config.schedule)
         seed = hash_key(config.seed, step)
@@ -51,7 +67,7 @@ def train_loop(
             log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)
             raise FloatingPointError(problem)
         row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm, "batch_hash": hashed}
-        row |= speed(tokens - before, time.perf_counter() - started, train.global_batch_size, model_facts)
+        row |= speed(tokens - before, time.perf_counter() - started, train.global_batch_size, model)
         stopped, is_best = guard.agreed_stop(), False
         # one that is told to stop has little time, unless nothing but the evaluation is left
         if validation and due(step, train.eval_every, train.steps) and (not stopped or step == train.steps):
@@ -62,9 +78,9 @@ def train_loop(
         checkpoints.poll()
         if stopped or is_best or due(step, train.save_every, train.steps):
             state = agree_on_state(stream, step, told, log)
-            header = Header(step, config.optim.name, engine.optimizer_steps, state, model_facts["model"])
+            header = Header(step, config.optim.name, engine.layout.optimizer_steps, state, model.config)
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
-            checkpoints.save(header, engine.fragments_to_save(), best.step if best else None)
+            checkpoints.save(header, engine.layout.fragments_to_save(), best.step if best else None)
     batches.close()
     if not checkpoints.wait():
         raise OSError(f"the checkpoint of step {step} could not be written; events.jsonl says why")
@@ -73,10 +89,10 @@ def train_loop(
     return step
 
 
-def speed(tokens: int, seconds: float, samples: int, model_facts: dict) -> dict[str, float]:
+def speed(tokens: int, seconds: float, samples: int, model: ModelFacts) -> dict[str, float]:
     """How fast a step was: tokens a second, and the share of the peak that the model's FLOPs are (MFU)."""
-    flops = tokens * model_facts["flops_per_token"](tokens / samples)
-    mfu = flops / seconds / model_facts["peak_flops"]
+    flops = tokens * model.flops_per_token(tokens / samples)
+    mfu = flops / seconds / model.peak_flops
     return {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "mfu": mfu}
 
 

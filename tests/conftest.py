@@ -15,9 +15,10 @@ import torch
 
 from pretrain import cli
 from pretrain.hub import reference
+from tests import forked
+from tests.forked import ROOT
 from tests.slurm_cluster import SlurmCluster, why_not
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "model=llama_tiny", "train.seq_len=32", "train.global_batch_size=8", "train.micro_batch_size=2",
     "train.precision=fp32", "schedule=constant", "schedule.warmup_steps=5", "optim.lr=3e-3", "log=none",
@@ -46,11 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """What training processes of tests run in: this checkout's code, the CPU, one thread a rank."""
-    return {
-        **os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+    return forked.ENVIRONMENT
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +61,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
         ["write_shards.py", "--input", *texts, "--tokenizer", str(folder / "tokenizer.model"),
          "--output", str(folder / "data"), "--val-fraction", "0.2"],
     ):  # fmt: skip
-        tool = [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]]
-        subprocess.run(tool, env=environment, check=True, capture_output=True, timeout=120)
+        line = forked.program(ROOT / "tools" / command[0], *command[1:])
+        subprocess.run(line, env=environment, check=True, capture_output=True, timeout=120)
     return folder / "data"
 
 
@@ -86,19 +83,13 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """The command line of a launch on this machine, on a port of its own."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
-
-
 @pytest.fixture(scope="session")
 def worker(environment, tmp_path_factory):
     """Run tests/dist/NAME on some ranks to its end; returns what it wrote as JSON to its last argument."""
 
     def run(name: str, *arguments: object, ranks: int = 2) -> Any:
         out = tmp_path_factory.mktemp(Path(name).stem) / "out.json"
-        script = [str(ROOT / "tests" / "dist" / name), *map(str, arguments), str(out)]
-        line = [sys.executable, *script] if ranks == 1 else torchrun(ranks, *script)
+        line = forked.program(ROOT / "tests" / "dist" / name, *arguments, out, ranks=ranks)
         done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return json.loads(out.read_text())
@@ -109,9 +100,7 @@ def worker(environment, tmp_path_factory):
 def command(ranks: int, *overrides: str) -> list[str]:
     brings_model = any(override.startswith("init=") for override in overrides)
     tiny = TINY[1:] if brings_model else TINY
-    if ranks == 1:
-        return [sys.executable, "-m", "pretrain.train", *tiny, *overrides]
-    return torchrun(ranks, "-m", "pretrain.train", *tiny, *overrides)
+    return forked.program("-m", "pretrain.train", *tiny, *overrides, ranks=ranks)
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +129,7 @@ def tool(environment):
     """Run a tool of tools/ as a user does; returns the completed process."""
 
     def run(name: str, *arguments: object, check=True) -> subprocess.CompletedProcess:
-        line = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+        line = forked.program(ROOT / "tools" / name, *arguments)
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=200)
 
     return run

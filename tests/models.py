@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pretrain.engine.fragments import WEIGHT
 
 from pretrain.checkpoint import save
 from pretrain.config import compose
 from pretrain.config.schema import ModelConfig
 from pretrain.engine.engine import Engine
+from pretrain.engine.fragments import WEIGHT
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
 
@@ -47,10 +47,10 @@ def write_weights(folder: Path, config: ModelConfig, scale: float = 1, seed: int
 
 def fill_engine(built: Engine, read: Read) -> None:
     """The same for what a rank owns of a model under DeepSpeed."""
-    for f in built.fragments():
+    for f in built.layout.fragments():
         if f.kind == WEIGHT:
             f.values.copy_(read(f.name, f.shape).reshape(-1)[f.offset : f.offset + len(f.values)])
-    built.refresh(0)
+    built.layout.refresh(0)
 
 
 def tiny_model(*parts: str) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """The design holds: who imports whom, how long functions and files are, and what no file may contain."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "pretrain").with_suffix("").parts)
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module a file imports, wherever in the file; `from pretrain import x` counts as pretrain.x."""
     found = set()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pretrain.checkpoint.load import Weights, checkpoint_of
 
 from pretrain import dist, entry, finetune
+from pretrain.checkpoint.load import Weights, checkpoint_of
 from pretrain.checkpoint.manifest import committed
 from pretrain.config import compose
 from pretrain.config.schema import Config

@@ -63,7 +63,10 @@ def test_installed_wheel_trains_outside_a_checkout(installed, shards, tmp_path, 
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "runs" / "outside" / "metrics.jsonl").read_text().splitlines()) == 2
-    where = "import pretrain.compose as c, pretrain.tools; print(c.conf_folder(), *pretrain.tools.__path__, sep='\\n')"
+    where = (
+        "import pretrain.tools; from pretrain.config import compose\n"
+        "print(compose.conf_folder(), *pretrain.tools.__path__, sep='\\n')"
+    )
     done = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(installed / "pretrain" / "conf"), str(installed / "pretrain" / "tools")]
 

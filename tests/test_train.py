@@ -4,12 +4,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import LENGTH, ROOT, command
 from tests.journals import events, journal
 
@@ -44,10 +44,6 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def disturb(train, environment, name: str, at_row: int, number: signal.Signals, *overrides: str) -> int:
     """Start the run, send both workers a signal once the journal has `at_row` rows; the launcher's exit code."""
     where = (f"run.root={train.root}", f"run.name={name}", f"data.train={train.shards}", f"data.val={train.shards}")
@@ -55,12 +51,12 @@ def disturb(train, environment, name: str, at_row: int, number: signal.Signals, 
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for_rows(train.root / name, at_row, process)
-        for worker in children(process.pid):
+        for worker in forked.ranks_of(process.pid):
             os.kill(worker, number)
         return process.wait(timeout=100)
     finally:
         if process.poll() is None:
-            for worker in children(process.pid):
+            for worker in forked.ranks_of(process.pid):
                 os.kill(worker, signal.SIGKILL)
             process.kill()
             process.wait()
@@ -183,7 +179,7 @@ def test_data_and_tokenizer_mistakes(train, tmp_path, environment):
     tool = ROOT / "tools" / "train_tokenizer.py"
     text = tmp_path / "text.txt"
     text.write_text("some words and other words\n" * 200)
-    line = [sys.executable, str(tool), "--input", str(text), "--vocab-size", "300", "--output", str(other)]
+    line = forked.program(tool, "--input", str(text), "--vocab-size", "300", "--output", other)
     subprocess.run(line, env=environment, check=True, capture_output=True)
     occupied = train.root / "occupied"
     occupied.mkdir()

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import webdataset
 from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
 from pretrain.stream.stream import Stream, batch_hash
+from tests import forked
 from tests.conftest import ROOT
 from tests.http_store import serve
 from tests.test_train import disturb, events, exact, journal
@@ -32,8 +32,8 @@ def second(shards, environment, tmp_path_factory) -> Path:
     """Another data set with the tokenizer of the first."""
     folder = tmp_path_factory.mktemp("second") / "data"
     texts = [str(Path(os.__file__).parent / name) for name in ("logging", "html", "xml")]
-    line = [sys.executable, str(ROOT / "tools" / "write_shards.py"), "--input", *texts, "--output", str(folder),
-            "--tokenizer", str(shards.parent / "tokenizer.model")]  # fmt: skip
+    line = forked.program(ROOT / "tools" / "write_shards.py", "--input", *texts, "--output", str(folder),
+            "--tokenizer", str(shards.parent / "tokenizer.model"))  # fmt: skip
     subprocess.run(line, env=environment, check=True, capture_output=True, timeout=120)
     return folder
 
@@ -120,9 +120,9 @@ def test_packed_documents_under_a_mask_train_and_resume_bitwise(train, tmp_path)
 def chunked(shards, environment, tmp_path_factory) -> Path:
     """A data set of several shards with many small chunks."""
     folder = tmp_path_factory.mktemp("chunked") / "data"
-    line = [sys.executable, str(ROOT / "tools" / "write_shards.py"), "--input", str(Path(os.__file__).parent / "json"),
+    line = forked.program(ROOT / "tools" / "write_shards.py", "--input", str(Path(os.__file__).parent / "json"),
             "--tokenizer", str(shards.parent / "tokenizer.model"), "--output", str(folder), "--chunk-tokens", "1000",
-            "--shard-mb", "0.01"]  # fmt: skip
+            "--shard-mb", "0.01")  # fmt: skip
     subprocess.run(line, env=environment, check=True, capture_output=True, timeout=120)
     return folder
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretrain.checkpoint.load import checkpoint_of, load_model, read_header, run_of
 from tqdm import tqdm
 
 from pretrain import dist, hardware
+from pretrain.checkpoint.load import checkpoint_of, load_model, read_header, run_of
 from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.config import compose
 from pretrain.config.schema import Config

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from pretrain.checkpoint.load import run_of
 from tqdm import tqdm
 
 from pretrain import dist, hardware
+from pretrain.checkpoint.load import run_of
 from pretrain.cli import run_tool
 from pretrain.examples.tables import read_table
 from pretrain.files import check_output, write_atomically

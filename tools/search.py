@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pretrain.checkpoint.load import checkpoint_of, run_of
 from tqdm import tqdm
 
 from pretrain import dist
+from pretrain.checkpoint.load import checkpoint_of, run_of
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.cli import run_tool
 from pretrain.config import compose

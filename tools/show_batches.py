@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from pretrain.checkpoint.load import read_header, run_of
 
+from pretrain.checkpoint.load import read_header, run_of
 from pretrain.checkpoint.manifest import committed
 from pretrain.cli import run_tool
 from pretrain.config import compose

@@ -95,7 +95,7 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
 
 
 def bytes_per_rank(parameters: int, trained: int, stage: int, ranks: int, precision: str) -> dict[str, int]:
-    """What a rank holds of a model under ZeRO (Rajbhandari et al., 2020) as `engine.deepspeed_config` sets it up."""
+    """What a rank holds of a model under ZeRO (Rajbhandari et al., 2020) as `deepspeed_config` sets it up."""
     part, low = -(-trained // ranks), 2 if precision == "bf16" else FP32
     in_both = low + FP32 if low < FP32 else FP32
     gradients = {0: low * trained, 1: in_both * trained, 2: FP32 * part, 3: FP32 * part}

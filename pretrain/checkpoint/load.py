@@ -58,7 +58,7 @@ def read_header(checkpoint: Path) -> Header:
 
 
 def fill(checkpoint: Path, fragments: Iterable[Fragment]) -> Header:
-    """Fill the fragments from the overlapping saved ones, read lazily. `Engine.refresh` must follow."""
+    """Fill the fragments from the overlapping saved ones, read lazily. `Layout.refresh` must follow."""
     reader = Reader(checkpoint)
     for fragment in fragments:
         if fragment.kind != WEIGHT and reader.header.optimizer == NO_OPTIMIZER:

@@ -1,4 +1,4 @@
-"""Hydra composes a run's configuration here, and ends here: OmegaConf -> the frozen dataclasses of `config`.
+"""Hydra composes a run's configuration here, and ends here: OmegaConf -> the frozen dataclasses of `schema`.
 
 Each mistake, Hydra's own refusals included, becomes a `ValueError` that names the key, where it came from and the
 nearest right name.

@@ -104,7 +104,7 @@ def task_of_run(run: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.0) -> dict[str, Any]:
-    """Export a run's checkpoint (`checkpoint.to_use`) as a Hugging Face folder; what was proven is returned.
+    """Export a run's checkpoint (`checkpoint_of`) as a Hugging Face folder; what was proven is returned.
 
     `ValueError` says what no architecture there has, and where transformers and this program part; then nothing is
     written.

@@ -1,9 +1,9 @@
 """Responses to prompts, and conversations: a language model that learns what the assistant writes, not what it reads.
 
-A conversation is written by the chat template of the tokenizer (`data.chat`). So are a prompt and its response, as one
-turn each, when the tokenizer brings a template: that is what its model was taught. Where it brings none, the response
-stands right after the prompt, as the columns have them; spaces that end a prompt go to the response, which begins
-with them as words in a text do, so that a prompt alone has the ids that it has before its response.
+A conversation is written by the chat template of the tokenizer (`tokenizer.chat`). So are a prompt and its response, as
+one turn each, when the tokenizer brings a template: that is what its model was taught. Where it brings none, the
+response stands right after the prompt, as the columns have them; spaces that end a prompt go to the response, which
+begins with them as words in a text do, so that a prompt alone has the ids that it has before its response.
 
 Several conversations are packed into a row (`data.packing=best_fit`), each computed as if it stood alone.
 """

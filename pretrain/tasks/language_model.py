@@ -1,7 +1,7 @@
 """Further pretraining on texts, next to each other in windows: bits per byte, or what a masked model gets right.
 
-The windows, their targets and their masks are those of pretraining (`data.packing.Windows`, `data.objectives`), and so
-are the figures. Shapes: B batch, T time.
+The windows, their targets and their masks are those of pretraining (`stream.packing.Windows`, `stream.objectives`), and
+so are the figures. Shapes: B batch, T time.
 """
 
 import itertools

@@ -13,7 +13,7 @@ from pretrain.checkpoint.manifest import read_manifest
 
 SAVE = (
     "import sys; from pathlib import Path; from pretrain import dist;"
-    "from pretrain.checkpoint import Checkpoints;"
+    "from pretrain.checkpoint.save import Checkpoints;"
     "from tests.dist.checkpoint_worker import fragments, header; dist.start(dist.ALONE);"
     "saver = Checkpoints(Path(sys.argv[1]), dist.ALONE, 1, lambda kind, **facts: print(kind, facts));"
     "saver.save(header(1), fragments(1, [0, 1], 0)); saver.wait(); dist.finish(0)"

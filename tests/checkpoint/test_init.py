@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pretrain.checkpoint.load import Weights, checkpoint_of, load_model, read_header
 
+from pretrain.checkpoint.load import Weights, checkpoint_of, load_model, read_header
 from pretrain.checkpoint.save import write_weights
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.losses import cross_entropy_rows

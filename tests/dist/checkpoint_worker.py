@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.manifest import committed
-from pretrain.checkpoint import load
 from pretrain import dist
+from pretrain.checkpoint import load
+from pretrain.checkpoint.manifest import Header, committed
 from pretrain.checkpoint.save import Checkpoints
-from pretrain.checkpoint.manifest import Header
 from pretrain.engine.fragments import Fragment
 
 SHAPES = {"a.weight": (7, 5), "b.weight": (11,), "c.weight": (2, 3, 4)}

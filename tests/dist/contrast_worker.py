@@ -13,17 +13,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pretrain.engine.engine import Engine
-from pretrain.config.schema import accumulation_steps
-from pretrain.engine.settings import deepspeed_config
 from pretrain import dist
 from pretrain.config import compose
-from pretrain.stream.order import hash_key
-from pretrain.examples.tables import Table
+from pretrain.config.schema import accumulation_steps
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import deepspeed_config
 from pretrain.examples.stream import Examples, ExampleStream, Ragged, make_examples
+from pretrain.examples.tables import Table
 from pretrain.loop import on_device, split
 from pretrain.model.heads import build_model
-from pretrain.model.initial import initial_value
+from pretrain.stream.order import hash_key
 from pretrain.tasks.embedding import Embedding
 from pretrain.tasks.validation import TaskValidation
 from tests.models import fill_engine, filled_model, initial_values
@@ -84,7 +83,7 @@ def compared(built: Engine, micro: int, dropout: float, ranks: dist.Ranks) -> di
     expected, gradient = plain(dropout, micro, ranks.world_size)
     found = [  # AdamW's first moment after one step: (1 - beta1) times the gradient
         (f.values / (1 - CONFIG.optim.beta1), gradient[f.name].view(-1)[f.offset : f.offset + len(f.values)])
-        for f in built.fragments()
+        for f in built.layout.fragments()
         if f.kind == "exp_avg"
     ]
     worst = max((a - b).abs().max().item() for a, b in found if len(a))

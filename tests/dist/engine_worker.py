@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 
+from pretrain import dist, optim
+from pretrain.checkpoint import load
+from pretrain.checkpoint.manifest import Header
+from pretrain.checkpoint.save import Checkpoints
+from pretrain.config import compose
 from pretrain.config.schema import Config, accumulation_steps
 from pretrain.engine.engine import Engine
-from pretrain.engine.settings import deepspeed_config
 from pretrain.engine.fragments import WEIGHT
-from pretrain.checkpoint.save import Checkpoints
-from pretrain.checkpoint.manifest import Header
-from pretrain.checkpoint import load
-from pretrain import dist, optim
-from pretrain.config import compose
-from pretrain.stream.objectives import IGNORE
+from pretrain.engine.settings import deepspeed_config
 from pretrain.model import losses
 from pretrain.model.heads import build_model
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.stream.objectives import IGNORE
 from tests.models import fill_engine, filled_model, initial_values
 
 VOCAB, BATCH, LENGTH = 211, 8, 24
@@ -121,14 +121,14 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
         expected.append(loss.item())
     evaluated = (built.evaluate(loss_rows, **everything), loss_rows(model, **everything).detach())
     plain = dict(model.named_parameters())
-    weights = (f for f in built.fragments() if f.kind == WEIGHT)
+    weights = (f for f in built.layout.fragments() if f.kind == WEIGHT)
     worst = max(
         (f.values - plain[f.name].detach().view(-1)[f.offset : f.offset + len(f.values)]).abs().max().item()
         for f in weights
     )
     whole = loss_rows(model, everything["inputs"], everything["labels"]).sum().item()
     return {"losses": found, "expected": expected, "worst": max(dist.all_gather_objects(worst)), "unmasked": whole,
-            "rows": [rows.tolist() for rows in evaluated], "steps": built.optimizer_steps}  # fmt: skip
+            "rows": [rows.tolist() for rows in evaluated], "steps": built.layout.optimizer_steps}  # fmt: skip
 
 
 def few_targets(stage: int, precision: str, ranks, device) -> dict:
@@ -154,11 +154,11 @@ def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
         loss, norm = built.step(parts, int((LABELS[k % 2] != IGNORE).sum()), 1e-2)
         losses.append(loss)
         norms.append(norm)
-    owned = [[f.name, f.kind, f.offset, len(f.values)] for f in built.fragments_to_save()]
-    shapes = {f.name: list(f.shape) for f in built.fragments()}
+    owned = [[f.name, f.kind, f.offset, len(f.values)] for f in built.layout.fragments_to_save()]
+    shapes = {f.name: list(f.shape) for f in built.layout.fragments()}
     gathered = dist.all_gather_objects([owned, shapes])
     return {
-        "losses": losses, "norms": norms, "steps": built.optimizer_steps,
+        "losses": losses, "norms": norms, "steps": built.layout.optimizer_steps,
         "owned": [entry for part, _ in gathered for entry in part],
         "shapes": {name: shape for _, part in gathered for name, shape in part.items()},
     }  # fmt: skip
@@ -168,7 +168,7 @@ def gradient(micro: int, ranks, device) -> dict:
     """The gradient of the first step, out of AdamW's first moment: exp_avg = (1 - beta1) g, without clipping."""
     built = build(1, "fp32", micro, ranks, device, clip=0.0)
     result = train(built, ranks, 1)
-    mine = [(f.name, f.offset, f.values.tolist()) for f in built.fragments() if f.kind == "exp_avg"]
+    mine = [(f.name, f.offset, f.values.tolist()) for f in built.layout.fragments() if f.kind == "exp_avg"]
     pieces = sorted(piece for part in dist.all_gather_objects(mine) for piece in part)
     return {"loss": result["losses"][0], "norm": result["norms"][0],
             "gradient": [value / 0.1 for _, _, values in pieces for value in values]}  # fmt: skip
@@ -180,7 +180,7 @@ def train_part(part: str, stage: int, precision: str, out: Path, ranks, device) 
     first = initial_values(config_of(stage, part).model)
     computed = torch.bfloat16 if precision == "bf16" else torch.float32  # what does not learn is kept in this
     same: dict[str, bool] = {}
-    for f in built.fragments():
+    for f in built.layout.fragments():
         if f.kind == WEIGHT:
             before = first(f.name, f.shape).view(-1)[f.offset : f.offset + len(f.values)]
             same[f.name] = torch.equal(f.values.float(), before.to(computed).float())
@@ -197,13 +197,13 @@ def move(
     path = folder / f"checkpoints-{part}-{precision}-{before}-{after}"
     events = []
     saver = Checkpoints(path, ranks, 1, lambda kind, **facts: events.append(kind))
-    header = Header(3, "adamw", first.optimizer_steps, {}, {})
-    saver.save(header, first.fragments_to_save())
+    header = Header(3, "adamw", first.layout.optimizer_steps, {}, {})
+    saver.save(header, first.layout.fragments_to_save())
     assert saver.wait(), events
     second = build(after, precision, 2, ranks, device, part=part)
     found = load.choose(path, ranks, lambda kind, **facts: events.append(kind))
-    loaded = load.fill(found, second.fragments())
-    second.refresh(loaded.optimizer_steps)
+    loaded = load.fill(found, second.layout.fragments())
+    second.layout.refresh(loaded.optimizer_steps)
     result = train(second, ranks, 3, first=3)
     return result | {"losses": losses + result["losses"], "events": events}, second
 

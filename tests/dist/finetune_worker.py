@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine.fragments import WEIGHT
 from pretrain import dist, entry, finetune, hardware
 from pretrain.config import compose
+from pretrain.engine.fragments import WEIGHT
 from pretrain.loop import agree_on_batch, on_device, split
 
 
@@ -42,12 +42,12 @@ def one_step(plan: entry.Plan, ranks: dist.Ranks, device: torch.device) -> dict[
     """How far each parameter gets in the first step of a run on one rank."""
     trainer = entry.build_engine(plan, "fp32", ranks, device)
     entry.start_from(None, trainer, plan)
-    before = {f.name: f.values.clone() for f in trainer.fragments() if f.kind == WEIGHT}
+    before = {f.name: f.values.clone() for f in trainer.layout.fragments() if f.kind == WEIGHT}
     rows = plan.stream.rows(plan.stream.numbers(0))
     parts = [plan.collate(part) for part in split(rows, plan.config.train.micro_batch_size)]
     targets, _ = agree_on_batch(rows, [part["labels"] for part in parts])
     trainer.step([on_device(part, device) for part in parts], targets, plan.config.optim.lr)
-    after = {f.name: f.values for f in trainer.fragments() if f.kind == WEIGHT}
+    after = {f.name: f.values for f in trainer.layout.fragments() if f.kind == WEIGHT}
     return {name: float((after[name] - value).abs().max()) for name, value in before.items()}
 
 

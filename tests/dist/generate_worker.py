@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine.settings import deepspeed_config
-from pretrain.engine.engine import Engine
 from pretrain import dist
 from pretrain.config import compose
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import deepspeed_config
 from pretrain.inference.generate import generate_batch
 from pretrain.model.heads import build_model
 from pretrain.model.losses import cross_entropy_rows

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from pretrain.checkpoint import load
 from pretrain import dist
+from pretrain.checkpoint import load
 from pretrain.checkpoint.save import Checkpoints
 from tests.dist.checkpoint_worker import correct, fragments, header
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.engine.settings import deepspeed_config
-from pretrain.engine.engine import Engine
 from pretrain import dist
 from pretrain.config import compose
+from pretrain.engine.engine import Engine
+from pretrain.engine.settings import deepspeed_config
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
 from tests.models import fill_engine, initial_values
@@ -61,7 +61,7 @@ def held(stage: int, precision: str, ranks, device) -> dict:
     built.step(parts, 32, 1e-3)
     parameters = [p.ds_tensor if stage == 3 else p for p in built.parameters.values()]
     weights = dict(map(storage, parameters))
-    optimizer = dict(storage(fragment.values) for fragment in built.fragments())
+    optimizer = dict(storage(fragment.values) for fragment in built.layout.fragments())
     return {
         "weights": sum(weights.values()), "sum": most,
         "optimizer": sum(n for place, n in optimizer.items() if place not in weights),

@@ -4,9 +4,9 @@ import math
 from collections import defaultdict
 
 import pytest
-from pretrain.engine.settings import deepspeed_config
 
 from pretrain.config import compose
+from pretrain.engine.settings import deepspeed_config
 
 
 @pytest.fixture(scope="module")

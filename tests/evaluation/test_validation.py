@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pretrain.checkpoint.load import Weights, load_model
 
 from pretrain import dist
+from pretrain.checkpoint.load import Weights, load_model
 from pretrain.config import compose
 from pretrain.evaluation.validation import Best
 from pretrain.model.losses import cross_entropy_rows

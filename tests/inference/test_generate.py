@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from pretrain.checkpoint.load import load_model
 
+from pretrain.checkpoint.load import load_model
 from pretrain.cli import run_tool
 from pretrain.inference import generate
 from pretrain.inference.generate import Sampling, Writer, generate_all, generate_batch, generate_texts

@@ -24,12 +24,12 @@ from pretrain.prepare.workers import Executor, _Task
 from pretrain.shards import manifest as manifests
 from pretrain.tokenizer.sentencepiece import train
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests import forked
 from tests.conftest import ROOT
 from tests.data_helpers import python_like_text
 from tools import write_shards
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-TOOL = [sys.executable, str(ROOT / "tools" / "write_shards.py")]
+TOOL = ROOT / "tools" / "write_shards.py"
 PART_BYTES = 6288  # what --shard-mb 0.003 cuts
 
 
@@ -70,8 +70,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(*argv, **options) -> subprocess.CompletedProcess:
-    command = [*TOOL, *map(str, argv)]
-    return subprocess.run(command, env=ENVIRONMENT, timeout=100, capture_output=True, text=True, **options)
+    command = forked.program(TOOL, *argv)
+    return subprocess.run(command, env=forked.ENVIRONMENT, timeout=100, capture_output=True, text=True, **options)
 
 
 def partial_folder(output: Path) -> Path:
@@ -178,7 +178,7 @@ def children(pid: int) -> list[int]:
 
 def start(*argv) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TOOL, *map(str, argv)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        forked.program(TOOL, *argv), env=forked.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -238,7 +238,7 @@ def lead(folder: Path, executor: str, env: dict) -> subprocess.Popen:
     (signal.SIGKILL, "Executor(2)"), (signal.SIGTERM, "Executor(2)"), (signal.SIGTERM, "Executor(2, cluster='local')"),
 ])  # fmt: skip
 def test_workers_end_with_the_process_that_leads(tmp_path, signal_number, executor):
-    leader = lead(tmp_path, executor, ENVIRONMENT)
+    leader = lead(tmp_path, executor, forked.ENVIRONMENT)
     before = sorted((tmp_path / "work").iterdir())
     pids = {int(path.suffix[1:]) for path in before}
     assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -393,7 +393,7 @@ def test_nobody_reads_the_progress(arguments, expected, unbuffered, tmp_path):
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(
             [sys.executable, "-c", program, *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=said,
-            env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered},
+            env=forked.ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
     process.stderr.close()
     try:
@@ -544,7 +544,8 @@ def test_refused_options(source, tokenizer, tmp_path):
 @pytest.mark.slurm
 def test_slurm_writes_the_same_bytes(arguments, expected, cluster, tmp_path):
     """An array of two jobs on a real Slurm; then one whose job is killed, and what the next run makes of it."""
-    command = [*TOOL, *arguments, "--cluster", "slurm", "--workers", "2", "--partition", "main", "--time-minutes", "5"]
+    options = ["--cluster", "slurm", "--workers", "2", "--partition", "main", "--time-minutes", "5"]
+    command = [sys.executable, str(TOOL), *arguments, *options]
     options = {"env": cluster.env | {"PYTHONPATH": str(ROOT)}, "timeout": 100, "capture_output": True, "text": True}
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], **options)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ import pytest
 from pretrain.hardware import environment
 from pretrain.report import curves
 from pretrain.report.page import write_report
+from tests import forked
 from tests.conftest import ROOT
 from tests.journals import journal
 from tools.report import headline
@@ -184,9 +185,8 @@ def test_the_command_line(tmp_path):
     write_run(tmp_path / "a", 3), write_run(tmp_path / "b", 3)
 
     def run(*arguments):
-        command = [sys.executable, str(ROOT / "tools" / "report.py"), *map(str, arguments)]
-        environ = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+        command = forked.program(ROOT / "tools" / "report.py", *arguments)
+        return subprocess.run(command, capture_output=True, text=True, env=forked.ENVIRONMENT, timeout=60)
 
     done = run(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0 and done.stderr == ""

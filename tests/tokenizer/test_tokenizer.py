@@ -3,10 +3,8 @@
 import gzip
 import hashlib
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from pretrain.prepare.documents import is_held_out
 from pretrain.tokenizer.sentencepiece import SPECIAL_PIECES, train
 from pretrain.tokenizer.texts import TOKENIZER_NAMES, continues_word
 from pretrain.tokenizer.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer
+from tests import forked
 from tests.conftest import ROOT
 from tests.data_helpers import python_like_text, spans_by_bytes
 from tools import train_tokenizer
@@ -220,10 +219,8 @@ def test_impossible_vocabularies(texts, vocab_size, message):
 
 
 def run(*argv) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, argv)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60, capture_output=True, text=True
-    )
+    command = forked.program(ROOT / "tools" / "train_tokenizer.py", *argv)
+    return subprocess.run(command, cwd=ROOT, env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True)
 
 
 def test_the_tool(tmp_path):

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 import time
 from dataclasses import replace
@@ -15,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretrain.checkpoint.load import Weights, load_model
 
 from pretrain.checkpoint import save
+from pretrain.checkpoint.load import Weights, load_model
 from pretrain.config import compose
 from pretrain.config.schema import to_yaml
 from pretrain.evaluation import harness
@@ -27,6 +26,7 @@ from pretrain.report.page import write_report
 from pretrain.shards import manifest as manifests
 from pretrain.stream import opening
 from pretrain.tokenizer.tokenizer import load_tokenizer
+from tests import forked
 from tests.conftest import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
@@ -143,7 +143,7 @@ time.sleep(60)
 """,
     )
     (tmp_path / "config.json").write_text("{}")
-    line = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(tmp_path), "--tasks", "it", "--precision", "fp32"]
+    line = forked.program(ROOT / "tools" / "evaluate.py", tmp_path, "--tasks", "it", "--precision", "fp32")
     path = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
     with subprocess.Popen(line, env=environment | {"PYTHONPATH": path}) as process:
         while not begun.exists():

@@ -12,6 +12,7 @@ from pretrain.cli import STOP_SIGNALS
 from pretrain.config import compose
 from pretrain.examples.tables import read_table
 from pretrain.predict import Predictor
+from tests import forked
 from tests.conftest import ROOT, TINY
 from tests.journals import events, journal, wandb_history, wandb_records
 from tests.task_data import functions
@@ -67,11 +68,11 @@ def test_a_run_that_was_stopped_is_not_judged(tmp_path):
 
 
 def test_each_seed_is_a_run_and_the_figures_are_of_all(files, shards, tool, tmp_path):
-    command = [
-        sys.executable, "-m", "pretrain.finetune", "--drop-bad", "task=classification", *TINY, "train.steps=2",
+    command = forked.program(
+        "-m", "pretrain.finetune", "--drop-bad", "task=classification", *TINY, "train.steps=2",
         "log=offline", f"data.tokenizer={shards}", f"data.train={files}/train.jsonl", f"data.val={files}/val.jsonl",
         f"run.root={tmp_path}", "run.name=mood",
-    ]  # fmt: skip
+    )  # fmt: skip
     test = files / "test.jsonl"
     done = tool("repeat_seeds.py", "--seeds", 3, 4, "--test", test, "--drop-bad", "--", *command)
     said, runs = done.stdout, [tmp_path / f"mood-seed{seed}" for seed in (3, 4)]

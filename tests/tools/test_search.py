@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pretrain.checkpoint.load import load_model
 
+from pretrain.checkpoint.load import load_model
 from pretrain.config import compose
 from pretrain.tasks.text_vectors import embed_texts
 from pretrain.tokenizer.tokenizer import load_tokenizer

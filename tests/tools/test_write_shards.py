@@ -18,6 +18,7 @@ from pretrain.shards import manifest as manifests
 from pretrain.shards.writer import DatasetWriter
 from pretrain.tokenizer.sentencepiece import train
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests import forked
 from tests.conftest import ROOT
 from tests.data_helpers import python_like_text
 from tools import write_shards
@@ -230,8 +231,8 @@ def test_two_frames_and_large_zstd(tmp_path):
 
 def test_refusals_on_the_command_line(folder, tokenizer, tmp_path):
     def refused(*argv, output=tmp_path / "out") -> str:
-        command = [sys.executable, ROOT / "tools" / "write_shards.py", "--output", output, *argv]
-        done = subprocess.run(list(map(str, command)), env=environment(), timeout=60, capture_output=True, text=True)
+        command = forked.program(ROOT / "tools" / "write_shards.py", "--output", output, *argv)
+        done = subprocess.run(command, env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
@@ -246,10 +247,6 @@ def test_refusals_on_the_command_line(folder, tokenizer, tmp_path):
     assert "in exists and is not an empty folder" in refused("--input", folder, *model, output=folder)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
     assert not (folder / "index.json").exists()
-
-
-def environment() -> dict:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def start_slow(folder, tokenizer, output) -> subprocess.Popen:
@@ -267,7 +264,7 @@ def start_slow(folder, tokenizer, output) -> subprocess.Popen:
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--output", output, "--shard-mb", "0.003"]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, argv), "--chunk-tokens", "500"],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=forked.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "waiting\n"
     return process
@@ -317,7 +314,7 @@ def test_memory_is_flat_in_the_size_of_the_corpus(tokenizer, tmp_path):
                 "--threads", 1, "--shard-mb", 0.5]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, argv)],
-            env=environment(), timeout=60, capture_output=True, text=True, check=True,
+            env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 6, peaks
@@ -334,7 +331,7 @@ def test_a_full_disk(folder, tokenizer, tmp_path):
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--output", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-B", "-c", program, *map(str, argv)],
-        env=environment(), timeout=60, capture_output=True, text=True,
+        env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     wanted = f"no room for {tmp_path / 'out'} (File too large): about 1 MB more are needed; nothing is kept"
