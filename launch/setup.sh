@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Make .venv in the checkout and install the project into it, with the exact versions of constraints.txt.
 #
-#   launch/setup.sh                           # does nothing (quickly) when all is in place
+#   launch/setup.sh                           # training, fine-tuning, Hugging Face both ways: what the README shows
+#   launch/setup.sh all                       # every optional part too (setup.py lists them), and what the tests need
 #   BASE_PYTHON=python3.12 launch/setup.sh    # another Python than python3
 #
-# Safe to interrupt and to run twice at once: the stamp is written last, and a .venv without one is made anew.
+# It does nothing (quickly) when all is in place. Safe to interrupt and to run twice at once: the stamp is written last,
+# and a .venv without one is made anew.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+log=$root/.venv.log               # all that pip says
+what=${1:-main}
 stamp=$venv/.pretrain-setup       # marks the folder as ours; its text says what was installed
 PATH=${PATH//"$venv/bin:"/}       # inside an activated .venv, python3 must still mean the one it was made from
 python=${BASE_PYTHON:-python3}
@@ -16,14 +20,18 @@ python=${BASE_PYTHON:-python3}
 say() { printf 'set-up: %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$@" >&2; exit 1; }
 
-wanted() {  # what a finished stamp says: the place, the Python, and the hash of everything that decides what is installed
+wanted() {  # wanted main|all: what a finished stamp says: the place, the Python, the hash of what decides what is installed
     "$venv/bin/python" -c 'import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 files = [root / name for name in ("setup.py", "pyproject.toml", "constraints.txt", "launch/setup.sh")]
-print(root, sys.version.split()[0], hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())' "$root"
+print(root, sys.version.split()[0], hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest(), sys.argv[2])' \
+        "$root" "$1"
 }
 
-finished() { [[ -f $stamp ]] && [[ $(cat "$stamp") == "$(wanted 2>/dev/null)" ]]; }
+finished() {
+    [[ -f $stamp ]] || return
+    [[ $(cat "$stamp") == "$(wanted "$what" 2>/dev/null)" || $(cat "$stamp") == "$(wanted all 2>/dev/null)" ]]
+}
 
 check_tools() {
     command -v "$python" >/dev/null || fail "no $python found: install Python 3.10 or newer, or set BASE_PYTHON=/path/to/python3"
@@ -42,7 +50,12 @@ make_venv() {
         fail "$venv was not made by this script: move it away and run again"
     fi
     if [[ -f $stamp && $(cat "$stamp") != unfinished && $("$venv/bin/python" -c 'print(1)' 2>/dev/null) == 1 ]]; then
-        say "setup.py or constraints.txt has changed: updating $venv"
+        if [[ $(cat "$stamp") == "$(wanted main)" ]]; then
+            say "adding what is optional to $venv"
+        else
+            say "setup.py or constraints.txt has changed: updating $venv"
+            [[ $(cat "$stamp") != *" all" ]] || what=all
+        fi
     else
         if [[ -f $stamp ]]; then
             say "an earlier set-up was cut short or its Python is gone: starting over (removing $venv first)"
@@ -58,22 +71,40 @@ make_venv() {
     echo unfinished >"$stamp"
 }
 
-install() {
-    local quiet=()
-    [[ -t 1 ]] || quiet=(--quiet)
-    say "installing the packages of constraints.txt (about a minute, longer the first time)"
-    cd "$root"
-    "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input \
-        -e '.[http,s3,hf,prepare,tasks,eval,dev]' -c constraints.txt &
-    local pip=$!
-    trap 'kill "$pip" 2>/dev/null; fail "interrupted: run launch/setup.sh again to start over"' INT TERM HUP
-    wait "$pip" || fail "the installation failed (see above): run launch/setup.sh again to retry"
-    trap - INT TERM HUP
-    wanted >"$stamp.new"
-    mv "$stamp.new" "$stamp"
-    say "done: $venv"
+progress() {  # what pip is doing, by what it wrote last
+    local last
+    last=$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Installing)' "$log" | tail -n 1) || true
+    if [[ $last == Installing* ]]; then  # the one line for all of them: what is done shows in the folder
+        echo "$(find "$venv/lib" -maxdepth 3 -name '*.dist-info' | wc -l) of $(tr ',' '\n' <<<"$last" | wc -l) packages installed"
+    else
+        cut -c 1-100 <<<"${last#"${last%%[! ]*}"}"
+    fi
 }
 
+install() {
+    local started=$SECONDS told=0 extras=hf
+    [[ $what != all ]] || extras=http,s3,hf,prepare,tasks,eval,dev
+    say "installing the packages of constraints.txt (a minute or two; what pip says is in $log)"
+    cd "$root"
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-input --progress-bar off \
+        -e ".[$extras]" -c constraints.txt >"$log" 2>&1 &
+    local pip=$!
+    trap 'kill "$pip" 2>/dev/null; fail "interrupted: run launch/setup.sh again to start over"' INT TERM HUP
+    while kill -0 "$pip" 2>/dev/null; do
+        sleep 1
+        ((SECONDS - started < told + 5)) || { told=$((SECONDS - started)); say "$told s: $(progress)"; }
+    done
+    if ! wait "$pip"; then
+        grep -v 'is ignored: it is neither a file nor a directory' "$log" | tail -n 30 >&2
+        fail "the installation failed (see above, and $log): run launch/setup.sh again to retry"
+    fi
+    trap - INT TERM HUP
+    wanted "$what" >"$stamp.new"
+    mv "$stamp.new" "$stamp"
+    say "done in $((SECONDS - started)) s: $venv"
+}
+
+[[ $what == main || $what == all ]] || fail "launch/setup.sh $what: the one argument it takes is 'all'"
 finished && exit
 check_tools
 if command -v flock >/dev/null; then

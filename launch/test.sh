@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up and run the tests: without arguments all but the slow ones, in two processes. Arguments go to pytest.
+# Set up and run the tests: without arguments all but the slow ones. Arguments go to pytest.
 #
-#   launch/test.sh                       # ~17 minutes on 2 cores
+#   launch/test.sh                       # about 10 minutes on 2 cores
 #   launch/test.sh -m '' tests/test_readme.py    # one file, its slow ones too
 #   launch/test.sh -k order -x
 #
@@ -9,10 +9,10 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-launch/setup.sh
+launch/setup.sh all
 where=(tests)
 for argument; do
     [[ ! -e ${argument%%::*} ]] || where=()
 done
-(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+(($#)) || set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

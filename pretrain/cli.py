@@ -10,6 +10,11 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: Slurm's, before time is up
 
 
+def how_to_install(extra: str) -> str:
+    """What to run for an optional part of the installation (setup.py lists them)."""
+    return f"launch/setup.sh all in a checkout, else pip install 'pretrain[{extra}]'"
+
+
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool's `main`; `ValueError` and `OSError` become one message on stderr and exit code 2, Ctrl-C 130."""
     try:

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pretrain.cli import child
+from pretrain.cli import child, how_to_install
 from pretrain.files import read_object
 
-INSTALL = "pip install 'pretrain[eval]'"
+INSTALL = how_to_install("eval")
 UNREACHABLE = ("ConnectError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
 BOOTSTRAP = 1000  # resamplings for the standard error of metrics that are no means
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of the classes that the harness can use

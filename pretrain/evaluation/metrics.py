@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pretrain.cli import how_to_install
+
 Figures = dict[str, float]
-INSTALL = "pip install 'pretrain[tasks]'"
+INSTALL = how_to_install("tasks")
 # Scripts that put no space between words: kana, ideographs, Thai, Lao, Burmese, Khmer. Each character is a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{UNSPACED}]|[^{UNSPACED}\\s]+")

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli import how_to_install
+
 ROWS = 64  # read at once; long rows must fit in memory together
 _BUFFER = 1 << 20
 
@@ -41,7 +43,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"reading {path} needs pyarrow: pip install 'pretrain[prepare]'") from None
+        raise ValueError(f"reading {path} needs pyarrow: {how_to_install('prepare')}") from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True) as file:
             yield file, pyarrow

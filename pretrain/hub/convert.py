@@ -20,6 +20,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, filled_model, run_of
 from pretrain.checkpoint.save import write_weights
 from pretrain.checkpoint.tensors import Spec, write_folder
+from pretrain.cli import how_to_install
 from pretrain.config.schema import ModelConfig
 from pretrain.files import IMPORTED, TASK, check_room, lock, sha256_of_file, sync_folder, write_synced
 from pretrain.hardware import DTYPES
@@ -34,7 +35,7 @@ from pretrain.tokenizer.chat import ChatFormat
 from pretrain.tokenizer.huggingface import TEMPLATE_NAME
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-INSTALL = "pip install 'pretrain[hf]'"
+INSTALL = how_to_install("hf")
 
 
 def open_model(path: Path) -> Weights | Source:

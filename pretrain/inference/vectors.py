@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.cli import how_to_install
 from pretrain.files import write_synced
 
 VECTORS, PASSAGES, FACTS = "vectors.faiss", "passages.jsonl", "index.json"
-INSTALL = "pip install 'pretrain[tasks]'"
+INSTALL = how_to_install("tasks")
 
 
 def write_index(folder: Path, vectors: np.ndarray, passages: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:

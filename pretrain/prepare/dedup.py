@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pretrain.cli import how_to_install
+
 DIGEST_BYTES = 16
 _WORD = re.compile(r"\w+")
 _SCHEME = "affine32"  # datasketch's permutations: signatures are uint32
@@ -121,5 +123,5 @@ def _datasketch():
     try:
         import datasketch
     except ImportError:
-        raise ValueError("finding near-duplicates needs datasketch: pip install 'pretrain[prepare]'") from None
+        raise ValueError(f"finding near-duplicates needs datasketch: {how_to_install('prepare')}") from None
     return datasketch

@@ -8,6 +8,8 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
+from pretrain.cli import how_to_install
+
 PLACEHOLDERS = {
     "email": "<EMAIL>",
     "ip_address": "<IP_ADDRESS>",
@@ -181,7 +183,7 @@ class PhoneFinder:
         try:
             import phonenumbers
         except ImportError:
-            raise ValueError("finding telephone numbers needs phonenumbers: pip install 'pretrain[prepare]'") from None
+            raise ValueError(f"finding telephone numbers needs phonenumbers: {how_to_install('prepare')}") from None
         if region is not None and region not in phonenumbers.SUPPORTED_REGIONS:
             raise ValueError(f"no telephone region {region!r}: give the two letters of a country, like US or DE")
         self._matcher = phonenumbers.PhoneNumberMatcher

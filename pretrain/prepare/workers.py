@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pretrain.cli import how_to_install
+
 CLUSTERS = ("slurm", "local")
 POLL_SECONDS = 0.5
 QUEUE_SECONDS = 5.0  # between two looks at the queue of the cluster
@@ -197,7 +199,7 @@ def _submit(executor: Executor, tasks: list[_Task], logs: Path) -> list:
     try:
         import submitit
     except ImportError:
-        raise ValueError("--cluster needs submitit: pip install 'pretrain[prepare]'") from None
+        raise ValueError(f"--cluster needs submitit: {how_to_install('prepare')}") from None
     if executor.cluster == "slurm" and (shutil.which("sbatch") is None or shutil.which("srun") is None):
         raise ValueError("--cluster slurm needs sbatch and srun: run this on a login node of the cluster")
     options = {"partition": executor.partition} if executor.partition else {}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli import how_to_install
 from pretrain.files import NO_ROOM, sha256_of_file
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs"}  # scheme -> what to install: pretrain[...]
@@ -131,7 +132,7 @@ def _new_file_system(scheme: str, stall_seconds: float, process: int) -> Any:
         kind = fsspec.get_filesystem_class(scheme)
     except ImportError:
         raise ValueError(f"{scheme}:// needs packages that are not installed: "
-                         f"pip install 'pretrain[{EXTRAS[scheme]}]'") from None  # fmt: skip
+                         f"{how_to_install(EXTRAS[scheme])}") from None  # fmt: skip
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         once = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds, "retries": {"total_max_attempts": 1}}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.cli import how_to_install
 from pretrain.tokenizer.huggingface_spec import PIECES, SPACE, Spec, pre_tokenizers
 from pretrain.tokenizer.texts import TRICKY_TEXTS, SpecialToken
 
@@ -223,7 +224,7 @@ def _build(content: dict, special: set[str], path: Path) -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(f"{path} needs the tokenizers library: pip install 'pretrain[hf]'") from None
+        raise ValueError(f"{path} needs the tokenizers library: {how_to_install('hf')}") from None
     content = deepcopy(content) | {"truncation": None, "padding": None}
     try:
         if content["model"].get("dropout"):

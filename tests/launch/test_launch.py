@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.forked import ROOT
 
-SCRIPTS = sorted([*(ROOT / "launch").iterdir(), ROOT / ".ci" / "run"])
+SCRIPTS = [ROOT / ".ci" / "run", *sorted(path for path in (ROOT / "launch").iterdir() if path.name != "README.md")]
 LAUNCHERS = ("torchrun", "deepspeed")
 TINY = (
     "model=llama_tiny", "train.steps=100000", "train.global_batch_size=4", "train.micro_batch_size=2",
@@ -168,7 +169,10 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-    "-m pip "*) exit "${PIP_EXIT:-0}" ;;
+    "-m pip "*)
+        printf '%b' "${PIP_SAYS:-}"
+        sleep "${PIP_SECONDS:-0}"
+        exit "${PIP_EXIT:-0}" ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
@@ -187,11 +191,11 @@ class SetUp:
         self.env = {**os.environ, "BASE_PYTHON": str(folder / "python"), "CALLS": str(self.calls)}
         self.env["REAL_PYTHON"] = sys.executable
 
-    def run(self, **env: str) -> tuple[int, str, bool, bool]:
+    def run(self, *arguments: str, **env: str) -> tuple[int, str, bool, bool]:
         """Exit code, output, whether it made a venv, whether it installed."""
         self.calls.write_text("")
         done = subprocess.run(
-            [self.folder / "launch" / "setup.sh"], env={**self.env, **env}, cwd="/", text=True, timeout=60,
+            [self.folder / "launch" / "setup.sh", *arguments], env={**self.env, **env}, cwd="/", text=True, timeout=60,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         calls = self.calls.read_text()
@@ -208,6 +212,33 @@ def test_set_up_installs_once_and_again_after_a_change(tmp_path):
     code, output, made, installed = set_up.run()
     assert (code, made, installed) == (0, False, True) and "has changed" in output
     assert set_up.run() == (0, "", False, False)
+
+
+def test_set_up_installs_what_is_optional_when_asked_to(tmp_path):
+    set_up = SetUp(tmp_path)
+    assert set_up.run()[0] == 0 and ".[hf] " in set_up.calls.read_text()
+    code, output, made, installed = set_up.run("all")
+    assert (code, made, installed) == (0, False, True) and "adding what is optional" in output
+    assert ".[http,s3,hf,prepare,tasks,eval,dev] " in set_up.calls.read_text()
+    assert set_up.run("all") == set_up.run() == (0, "", False, False)
+    with open(set_up.folder / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    assert set_up.run()[0] == 0 and ",eval," in set_up.calls.read_text(), "what was there is brought up to date"
+    assert set_up.run("most")[:2] == (1, "set-up: launch/setup.sh most: the one argument it takes is 'all'\n")
+
+
+def test_set_up_says_what_it_does_and_not_what_pip_does(tmp_path):
+    """A line every five seconds without a terminal, and when it fails the end of what pip said."""
+    set_up = SetUp(tmp_path)
+    ignored = "WARNING: Location 'file:///index/it/' is ignored: it is neither a file nor a directory.\n"
+    says = ignored + "Collecting torch==2\n  Downloading torch.whl\n"
+    code, output, _, _ = set_up.run(PIP_SAYS=says, PIP_SECONDS="6")
+    assert code == 0 and ignored not in output
+    lines = [line for line in output.splitlines() if re.match(r"set-up: \d+ s: ", line)]
+    assert len(lines) == 1 and lines[0].endswith(" s: Downloading torch.whl")
+    (set_up.folder / ".venv" / "bin" / "python").unlink()
+    code, output, _, _ = set_up.run(PIP_SAYS=ignored + "ERROR: no torch for this\n", PIP_EXIT="1")
+    assert code == 1 and "ERROR: no torch for this" in output and ignored not in output
 
 
 def test_set_up_cut_short_starts_over(tmp_path):

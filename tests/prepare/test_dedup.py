@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.prepare import dedup
 from pretrain.prepare.dedup import MinHasher, digest, first_occurrences, near_duplicates
-from tests.conftest import ROOT
+from tests.forked import ROOT
 
 pytest.importorskip("datasketch")
 STDLIB = sorted(Path(os.__file__).parent.glob("*.py"))
@@ -129,7 +129,7 @@ def test_signatures_are_the_same_in_every_process():
 
 def test_without_datasketch_the_extra_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(ValueError, match=r"needs datasketch: pip install 'pretrain\[prepare\]'"):
+    with pytest.raises(ValueError, match=r"needs datasketch: .* else pip install 'pretrain\[prepare\]'"):
         MinHasher()
 
 
