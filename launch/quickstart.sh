@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained model that writes text: set up, train on the Python standard library, evaluate, generate.
 #
-#   launch/quickstart.sh                 # ~7 minutes on 2 cores; run again, it continues what is there
+#   launch/quickstart.sh                 # minutes; it says how many here. Run again, it continues
 #   launch/quickstart.sh train.steps=50  # further arguments go to the trainer
 #
 # Everything it makes lies in runs/: quickstart-data (tokenizer, shards) and quickstart (the run).

@@ -47,20 +47,26 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     return _measured_matmul(device, precision), f"measured {precision} matrix product"
 
 
-def _measured_matmul(device: torch.device, precision: str, size: int = 1024, seconds: float = 0.3) -> float:
-    """Best rate of a square matrix product on this rank's threads or GPU. All ranks measure at the same time."""
-    dtype = DTYPES[precision]
-    size = size if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(dtype)
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < deadline or best == float("inf"):
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / 4)
-    return 2 * size**3 / best
+def _measured_matmul(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """Best rate of a square matrix product on this rank's threads or GPU. All ranks measure at the same time.
+
+    Sizes grow while there is time: one at which a processor without bf16 takes seconds is not begun.
+    """
+    best, deadline = 0.0, time.perf_counter() + seconds
+    sizes = (128, 256, 512, 1024) if device.type == "cpu" else (2048, 8192)
+    for size in sizes:
+        a, took = torch.randn(size, size, device=device).to(DTYPES[precision]), 0.0
+        while not took or (size == sizes[-1] and time.perf_counter() + took < deadline):
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - start
+            best = max(best, 4 * 2 * size**3 / took)
+        if time.perf_counter() + 8 * took > deadline:
+            break
+    return best
 
 
 def environment() -> dict[str, Any]:

@@ -50,6 +50,38 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     """
     # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    composed = _answered if any(argument.startswith("-") for argument in sys.argv[1:]) else _composed
+    found = composed(config_name, sys.argv[1:])
+    if found is None:
+        return None
+    cfg, hydra_config = found
+    if hydra_config.mode and hydra_config.mode.name != "RUN":
+        raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
+    origin = _origin(config_name, hydra_config.overrides.task, hydra_config)
+    return from_hydra(_with_its_model(cfg, origin, read_model), origin)
+
+
+def compose(config_name: str, overrides: list[str]) -> Config:
+    """The same composition without a command line, for tools and tests."""
+    cfg, hydra_config = _composed(config_name, overrides)
+    return from_hydra(cfg, _origin(config_name, overrides, hydra_config))
+
+
+def _composed(config_name: str, overrides: list[str]) -> tuple[Any, Any]:
+    """(the configuration, Hydra's own), composed once: `hydra.main` would do it twice."""
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder().resolve())):
+            cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
+    except HydraException as error:
+        raise ValueError(_explain(error, Origin(config_name, tuple(overrides)))) from error
+    hydra_config = cfg.hydra
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg, hydra_config
+
+
+def _answered(config_name: str, arguments: list[str]) -> tuple[Any, Any] | None:
+    """What Hydra's own options (--help, --cfg, ...) ask for is printed; None where that was all."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: the message is ours
     composed = []
 
@@ -60,27 +92,8 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     try:
         note()
     except HydraException as error:
-        raise ValueError(_explain(error, Origin(config_name, tuple(sys.argv[1:])))) from error
-    if not composed:
-        return None
-    cfg, hydra_config = composed[0]
-    if len(composed) > 1 or hydra_config.mode.name != "RUN":
-        raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-    origin = _origin(config_name, hydra_config.overrides.task, hydra_config)
-    return from_hydra(_with_its_model(cfg, origin, read_model), origin)
-
-
-def compose(config_name: str, overrides: list[str]) -> Config:
-    """The same composition without a command line, for tools and tests."""
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder().resolve())):
-            cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
-    except HydraException as error:
-        raise ValueError(_explain(error, Origin(config_name, tuple(overrides)))) from error
-    origin = _origin(config_name, overrides, cfg.hydra)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return from_hydra(cfg, origin)
+        raise ValueError(_explain(error, Origin(config_name, tuple(arguments)))) from error
+    return composed[0] if composed else None
 
 
 def _origin(config_name: str, overrides: Iterable[str], hydra_config: Any) -> Origin:

@@ -21,6 +21,7 @@ from pretrain.files import sync_folder
 
 INIT_TIMEOUT_SECONDS = 20  # wandb's own defaults are 90 s to start, and no limit at all to finish
 FINISH_TIMEOUT_SECONDS = 60
+FORETOLD_AFTER = 5  # steps after the first: how long the rest takes is said once
 
 
 class Log:
@@ -156,24 +157,36 @@ class _Console:
         figures = {name[4:].replace("_", " "): value for name, value in row.items() if name.startswith("val_")}
         if told := ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None):
             self.say(f"step {row['step']:,}: validation {told}")
+        self._foretell(row["step"])
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(row), refresh=False)
             self._bar.update(row["step"] - self._bar.n)
         else:
             self._show_plain(row)
 
+    def _foretell(self, step: int) -> None:
+        """Say once, after the first steps, how long a run of minutes or more will take on this machine."""
+        if self._first is None:
+            self._first = (step, time.monotonic())  # the first step warms up: it would spoil the estimate
+        elif step == self._first[0] + FORETOLD_AFTER and self._seconds_left(step) >= 60:
+            steps, left = self._total_steps - step, tqdm.format_interval(self._seconds_left(step))
+            self.say(f"{self._label}: the {steps:,} steps that are left take about {left} on this machine")
+
+    def _seconds_left(self, step: int) -> float:
+        """By the speed since the first step; 0 where that is not known, or nothing is left."""
+        first, started = self._first
+        per_step = (time.monotonic() - started) / (step - first) if step > first else 0.0
+        return per_step * (self._total_steps - step)
+
     def _show_plain(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
-        if self._first is None:
-            self._first = (step, now)  # the first step warms up: it would spoil the estimate
         # Ever rarer, so that the log of a week's run stays short.
-        elif now - self._printed < max(10, min(300, (now - self._opened) / 20)) and step < self._total_steps:
+        pause = max(10, min(300, (now - self._opened) / 20))
+        if step > self._first[0] and now - self._printed < pause and step < self._total_steps:
             return
         self._printed = now
-        left = ""
-        if step > self._first[0] and step < self._total_steps:
-            seconds = (now - self._first[1]) / (step - self._first[0]) * (self._total_steps - step)
-            left = f", {tqdm.format_interval(seconds)} left"
+        seconds = self._seconds_left(step)
+        left = f", {tqdm.format_interval(seconds)} left" if seconds > 0 else ""
         percent = 100 * step // max(self._total_steps, 1)
         head = f"{self._label} {percent:3d}% step {step:,}/{self._total_steps:,}"
         print(f"{head}: {_figures(row)}{left}", file=sys.stderr, flush=True)

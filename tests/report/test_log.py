@@ -18,7 +18,7 @@ import pytest
 from pretrain.config.schema import LogConfig
 from pretrain.report import log as log_module
 from pretrain.report.log import Log
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.journals import events, journal, wandb_history, wandb_records
 
 KEY = "d1" * 20  # shaped like an API key
@@ -150,7 +150,9 @@ def test_plain_lines_come_with_time_and_tell_the_time_left(tmp_path, capsys, mon
         now[0] += 4
         log.row(row(step, mfu=None, loss=None))
     log.close()
-    lines = capsys.readouterr().err.splitlines()
+    said, plain = capsys.readouterr()
+    lines = plain.splitlines()
+    assert said == f"{tmp_path.name}: the 994 steps that are left take about 1:06:16 on this machine\n"
     assert [line.split()[3] for line in lines] == [f"{step}/1,000:" for step in (1, 4, 7, 10, 13, 16, 19)]
     assert lines[-1].endswith("1% step 19/1,000: 2,900 tokens/s, 1:05:24 left")
 
