@@ -26,12 +26,15 @@ TINY = [
 ]  # fmt: skip
 LENGTH = ("train.steps=24", "train.save_every=5", "train.eval_every=8")
 # Files that take minutes, the longest first.
-LONG = ["train", "readme", "finetune", "engine", "train_data", "faults", "launch", "evaluate_tool", "slurm", "convert"]
+LONG = ["readme", "launch", "parts", "finetune", "slurm", "train", "convert", "evaluate", "engine", "validation",
+        "faults", "bench", "train_data"]  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts background jobs with SIGINT ignored, and what a test starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("numprocesses", None) and "FORKED" not in os.environ:
+        forked.start_server()  # one for all processes; it imports while they do
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # others have the other cores, and threads that wait for each other take ages
     config.addinivalue_line("markers", "slow: takes minutes; run by `launch/test.sh -m slow`")

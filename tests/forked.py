@@ -6,58 +6,82 @@ A forked program has the arguments, environment, working directory, files, signa
 `ranks=2` there are two of it, as under torchrun: when one fails the others are ended, and the exit code is 1. Whatever
 ends the launch or the tests ends what was forked. What is no program of this project is run by a Python of its own.
 
-What is decided while importing cannot differ between launches (`FIXED`), nor does the seed of hashes: tests of those
-launch for real.
+So is a launch whose environment differs in what is decided while importing (`FIXED`). The seed of hashes is the same in
+all that is forked.
 
 Three processes: the launch (`launch`, the command line that `program` gives), the server that imports (`serve`, one for
 each process of tests, started at its first use), and between them one that starts the ranks and waits (`supervise`).
 """
 
 import functools
+import gc
+import importlib
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXED = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # one thread a rank, no GPU
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 GRACE_SECONDS = 30  # between SIGTERM and SIGKILL for the ranks that are left, as torchrun's
+MODULES = (
+    "pretrain.train", "pretrain.finetune", "pretrain.hub.reference", "torch.distributed.run",
+    "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+)  # fmt: skip
+PRELOADED = (
+    "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "matplotlib.backends.backend_svg",
+    "torch._dynamo", "torch._inductor.compile_fx", "transformers.models.auto.modeling_auto", "wandb",
+    "pretrain.train", "pretrain.finetune", "pretrain.predict", "torch.distributed.run", "deepspeed.launcher.launch",
+)  # fmt: skip
 FAILED = 70  # the exit code where no program was started
-# What training processes of tests run in: this checkout's code, the CPU, one thread a rank.
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "CUDA_VISIBLE_DEVICES": "",
-    "GLOO_SOCKET_IFNAME": "lo",
+# What training processes of tests run in, besides: this checkout's code.
+ENVIRONMENT = os.environ | FIXED | {
+    "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
 }  # fmt: skip
 
 
 # In the process of the tests
 
 
-def program(*argv: object, ranks: int = 1, root: Path = ROOT) -> list[str]:
-    """The command line that does what `python *argv` would, or torchrun on some ranks, with the code of `root`."""
+def program(*argv: object, ranks: int = 1) -> list[str]:
+    """The command line that does what `python *argv` would, or torchrun on some ranks, with this checkout's code."""
     several = [] if ranks == 1 else ["--ranks", str(ranks)]
-    return [sys.executable, "-IS", str(root / "tests" / "forked.py"), server(root), *several, *map(str, argv)]
+    return [sys.executable, "-IS", __file__, server(), *several, *map(str, argv)]
 
 
 @functools.cache
-def server(root: Path) -> str:
-    """Start the server of a checkout; the path of its socket. It ends when this process does."""
+def server() -> str:
+    """The path of the server's socket, when it has imported everything; started now where none was."""
+    folder = Path(os.environ.get("FORKED") or start_server())
+    while not (folder / "python").exists():
+        assert (folder / "errors").exists() and not (folder / "failed").exists(), (folder / "errors").read_text()
+        time.sleep(0.05)
+    return str(folder / "socket")
+
+
+def start_server() -> Path:
+    """Start the server of this process and of those that it starts (by `FORKED`); returns its folder.
+
+    It ends, and the folder with it, when this process ends.
+    """
     import atexit
     import shutil
     import subprocess
     import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
-    path, errors = folder / "socket", folder / "errors"
-    with open(errors, "wb") as file:
+    os.environ["FORKED"] = str(folder)
+    with open(folder / "errors", "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, str(root / "tests" / "forked.py"), "--serve", str(path)], cwd=root, stderr=file,
-            env=ENVIRONMENT | {"PYTHONPATH": str(root)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, __file__, "--serve", str(folder)], cwd=ROOT, env=ENVIRONMENT, stderr=file,
+            stdin=subprocess.PIPE,
         )  # fmt: skip
 
     def stop() -> None:
@@ -65,13 +89,17 @@ def server(root: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(stop)
-    assert process.stdout.readline() == b"ready\n", errors.read_text()
-    return str(path)
+    return folder
 
 
-def ranks_of(launch: int, root: Path = ROOT) -> list[int]:
+def python() -> Path:
+    """A program to be found as `python`: it forks what `program` would."""
+    return Path(server()).with_name("python")
+
+
+def ranks_of(launch: int) -> list[int]:
     """The process ids of the ranks of a running launch, by the process id of its command line."""
-    return [int(pid) for pid in (Path(server(root)).parent / str(launch)).read_text().split()]
+    return [int(pid) for pid in (Path(server()).parent / str(launch)).read_text().split()]
 
 
 # In the launch
@@ -82,8 +110,10 @@ def launch(path: str, argv: list[str]) -> None:
     ranks = 1
     if argv[:1] == ["--ranks"]:
         ranks, argv = int(argv[1]), argv[2:]
-    if not is_ours(argv):
-        assert ranks == 1, f"{argv[:2]} is not forked"
+    if argv[:1] == ["-u"]:  # as torchrun starts its ranks
+        os.environ["PYTHONUNBUFFERED"], argv = "1", argv[1:]
+    if not is_ours(argv) or any(os.environ.get(name) != value for name, value in FIXED.items()):
+        assert ranks == 1, f"{argv[:2]}, in this environment, is not forked"
         os.execv(sys.executable, [sys.executable, *argv])
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
@@ -108,9 +138,9 @@ def launch(path: str, argv: list[str]) -> None:
 
 
 def is_ours(argv: list[str]) -> bool:
-    """Whether Python is asked for a module of the package, a tool or a worker of the tests."""
+    """Whether Python is asked for one of `MODULES`, a tool or a worker of the tests."""
     if argv[:1] == ["-m"]:
-        return argv[1] in ("pretrain.train", "pretrain.finetune")
+        return argv[1] in MODULES
     path = Path(argv[0]).resolve() if argv else ROOT
     return path.suffix == ".py" and path.parent.name in ("tools", "dist") and path.is_file()
 
@@ -118,15 +148,25 @@ def is_ours(argv: list[str]) -> bool:
 # In the server
 
 
-def serve(path: str) -> None:
+def serve(folder: Path) -> None:
     """Import, then fork a supervisor for each launch, until the standard input is closed: the tests are over."""
-    import_everything()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
+    try:
+        import_everything()
+    except BaseException:
+        (folder / "failed").touch()
+        raise
+    gc.collect()
+    gc.freeze()  # what is imported is garbage in no launch: DeepSpeed collects several times at its start
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(path)
-    listening.listen(16)
-    print("ready", flush=True)
+    listening.bind(str(folder / "socket"))
+    listening.listen(64)
+    starting = folder / "starting"
+    starting.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {folder}/socket "$@"\n')
+    starting.chmod(0o755)
+    starting.rename(folder / "python")  # now it can be used
     while True:
         ready, _, _ = select.select([listening, 0], [], [], 1.0)
         while reaped():
@@ -137,23 +177,19 @@ def serve(path: str) -> None:
             client, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
-                supervise(client, Path(path).parent)
+                supervise(client, folder)
             client.close()
 
 
 def import_everything() -> None:
-    """What the programs import, what torch and DeepSpeed import late, and nothing that starts a thread."""
-    import deepspeed  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
-    import wandb  # noqa: F401
-
-    import pretrain.finetune
-    import pretrain.predict
-    import pretrain.train  # noqa: F401
-
-    del sys.modules["pretrain.train"], sys.modules["pretrain.finetune"]  # runpy wants to import them itself
+    """What the programs import, what comes in late, and nothing that starts a thread."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    compose = importlib.import_module("pretrain.config.compose")
+    compose.compose("pretrain", ["run.name=x"])  # Hydra finds its plugins
+    assert sys.modules["deepspeed"].ops.__compatible_ops__  # DeepSpeed finds out what it could build
+    for name in MODULES:  # runpy wants to import them itself
+        sys.modules.pop(name, None)
 
 
 def reaped() -> bool:
@@ -166,19 +202,17 @@ def reaped() -> bool:
 def supervise(client: socket.socket, folder: Path) -> None:
     """Between the launch and its ranks: start them, wait, tell the exit code."""
     head, files, _, _ = socket.recv_fds(client, 8, 3)
-    request = json.loads(client.makefile("rb").read(int.from_bytes(head, "big")))
-    differing = [name for name in FIXED if request["env"].get(name) != os.environ.get(name)]
-    if differing or len(files) != 3:
-        os.write(files[-1], f"{', '.join(differing)}: decided while importing, launch it for real\n".encode())
-        os._exit(0)
+    request = json.loads(client.makefile("rb").read(int.from_bytes(head, "big"))) | {"python": str(folder / "python")}
     port = free_port()
     pids = {start_rank(request, rank, files, port, client) for rank in range(request["ranks"])}
     for handle in files:
         os.close(handle)
-    (folder / str(request["pid"])).write_text(" ".join(map(str, sorted(pids))))
+    listed = folder / str(request["pid"])
+    listed.write_text(" ".join(map(str, sorted(pids))))
     try:
         client.sendall(json.dumps(sorted(pids)).encode() + b"\n")
         code = wait_for(pids, client)
+        listed.unlink()
         client.sendall(json.dumps(code).encode() + b"\n")
     except OSError:
         end(pids, signal.SIGKILL)
@@ -248,6 +282,7 @@ def become(request: dict, rank: int, files: list[int], port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     os.chdir(request["cwd"])
+    sys.executable = request["python"]  # what it starts is forked too
     for number in FORWARDED:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
@@ -294,6 +329,6 @@ def run(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         sys.path[0] = str(ROOT)
-        serve(sys.argv[2])
+        serve(Path(sys.argv[2]))
     else:
         launch(sys.argv[1], sys.argv[2:])

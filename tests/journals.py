@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
+
 
 def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -12,6 +14,11 @@ def rows_of(file: Path) -> list[dict]:
 
 def journal(run: Path) -> list[dict]:
     return rows_of(run / "metrics.jsonl")
+
+
+def exact(rows: list[dict]) -> list[tuple]:
+    """Of the rows of a journal, what no clock decides."""
+    return [tuple(row.get(key) for key in EXACT) for row in rows]
 
 
 def events(run: Path, kind: str | None = None) -> list[dict]:

@@ -115,7 +115,7 @@ def imports(path: Path) -> set[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, as config, data.stream, ..."""
+    """The modules of ours that a file imports, as config, stream.stream, ..."""
     known = {module_name(file) for file in PACKAGE}
     return {name.removeprefix("pretrain.") for name in imports(path)} & known - {"__init__"}
 

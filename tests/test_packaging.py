@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import ROOT, TINY, checkout_files, copy_checkout
+from tests.conftest import TINY, checkout_files, copy_checkout
+from tests.forked import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,20 @@ def test_installed_wheel_trains_outside_a_checkout(installed, shards, tmp_path, 
 
 
 def test_installed_tools_run(installed, tmp_path, environment):
-    for tool in sorted(file.stem for file in (ROOT / "tools").glob("*.py")):
-        command = [sys.executable, "-m", f"pretrain.tools.{tool}", "--help"]
-        env = {**environment, "PYTHONPATH": str(installed)}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0 and "usage:" in done.stdout, f"{tool}: {done.stderr}"
+    """As `python -m pretrain.tools.NAME --help`, one after the other in a process that imports torch once."""
+    program = (
+        "import runpy, sys\n"
+        "for tool in sys.argv[1:]:\n"
+        "    sys.argv = [tool, '--help']\n"
+        "    try: runpy.run_module(f'pretrain.tools.{tool}', run_name='__main__')\n"
+        "    except SystemExit as ended: print('ended', tool, ended.code)\n"
+    )
+    tools = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
+    env, command = {**environment, "PYTHONPATH": str(installed)}, [sys.executable, "-c", program, *tools]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ended == [f"ended {tool} 0" for tool in tools], done.stderr
+    assert done.stdout.count("usage:") == len(tools) >= 15
 
 
 def test_every_requirement_is_pinned():

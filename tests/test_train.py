@@ -10,14 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.conftest import LENGTH, ROOT, command
-from tests.journals import events, journal
-
-EXACT = ("step", "tokens", "loss", "lr", "grad_norm", "batch_hash", "val_loss", "val_bits_per_byte")
-
-
-def exact(rows: list[dict]) -> list[tuple]:
-    return [tuple(row.get(key) for key in EXACT) for row in rows]
+from tests.conftest import LENGTH, command
+from tests.forked import ROOT
+from tests.journals import events, exact, journal
 
 
 def test_a_run_leaves_everything_it_promises(undisturbed):

@@ -15,9 +15,10 @@ from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
 from pretrain.stream.stream import Stream, batch_hash
 from tests import forked
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.http_store import serve
-from tests.test_train import disturb, events, exact, journal
+from tests.journals import events, exact, journal
+from tests.test_train import disturb
 from tools import show_batches
 
 PHASES = (

@@ -1,9 +1,9 @@
 """python tools/write_shards.py --input PATH... --tokenizer tokenizer.model --output DIR [--val-fraction 0.01]
 
 Tokenizes text, JSONL (also .gz, .zst), Parquet, WebDataset tars, or folders of them into WebDataset tar shards (format
-1: see pretrain/data/manifest.py). With --val-fraction, DIR/train and DIR/val: a document belongs to one of them by the
-hash of its text, so copies of a text never lie on both sides. DIR/inputs.json tells what went in and what became of
-it.
+1: see pretrain/shards/manifest.py). With --val-fraction, DIR/train and DIR/val: a document belongs to one of them by
+the hash of its text, so copies of a text never lie on both sides. DIR/inputs.json tells what went in and what became
+of it.
 
 The same input and options give the same bytes, with any number of --workers, on this machine or on a cluster. The work
 is done in parts, in a hidden folder beside DIR: whatever ends a run, the same command goes on from the finished parts.

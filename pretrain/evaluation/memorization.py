@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from pretrain.inference.generate import generate_all
-from pretrain.shards import chunks
+from pretrain.shards.documents import chunks
 from pretrain.shards.manifest import Manifest
 from pretrain.stream.order import hash_keys
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pretrain.evaluation.metrics import UNSPACED
 from pretrain.model.losses import score_rows
-from pretrain.shards import stretches
+from pretrain.shards.documents import stretches
 from pretrain.shards.manifest import Manifest
 from pretrain.stream.objectives import IGNORE
 from pretrain.tokenizer.tokenizer import Tokenizer

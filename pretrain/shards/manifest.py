@@ -3,7 +3,7 @@
 A folder of format 1:
 
     index.json              format, dtype, chunk size, tokenizer hash, vocabulary size, special ids, the shards
-    00000000.tar            the shard (see shards.py)
+    00000000.tar            the shard (see writer.py)
     00000000.idx.npy        its sidecar: one row of `CHUNK_DTYPE` for each chunk
     tokenizer.model         a copy of the tokenizer that wrote it; hf_tokenizer.json of a Hugging Face one
 

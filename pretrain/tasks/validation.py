@@ -20,7 +20,7 @@ from pretrain.tasks.task import Task
 
 
 class TaskValidation:
-    """Evaluates a task on the examples of a table; see `evaluate.Evaluation`."""
+    """Evaluates a task on the examples of a table; see `evaluation.validation.Evaluation`."""
 
     def __init__(self, task: Task, table: Table, examples: Examples, micro_batch_size: int):
         self.task, self.table, self.examples, self.micro_batch_size = task, table, examples, micro_batch_size

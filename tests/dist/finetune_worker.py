@@ -24,7 +24,7 @@ def main(asked: dict, out: Path) -> None:
     device = dist.start(ranks)
     for overrides in asked["runs"]:
         entry.run(plan_of(overrides, ranks), ranks, device)
-    entry.report.write_report = lambda folder: folder  # its curves take half of the time
+    entry.page.write_report = lambda folder: folder  # its curves take half of the time
     for overrides in asked["unreported"]:
         entry.run(plan_of(overrides, ranks), ranks, device)
     changes = {name: one_step(plan_of(line, ranks), ranks, device) for name, line in asked["steps"].items()}

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_task_instruct.py: what ranks write together in an evaluation; results as JSON.
+"""Run under torchrun by tests/tasks/test_instruct.py: what ranks write together in an evaluation; results as JSON.
 
 torchrun --nproc-per-node 2 tests/dist/written_worker.py OUT.json
 """

@@ -19,7 +19,7 @@ from pretrain.hub import families, parts
 from pretrain.inference.generate import generate_batch
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.losses import cross_entropy_rows
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.models import model_with
 
 os.environ["HF_HUB_OFFLINE"] = "1"

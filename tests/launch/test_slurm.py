@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.journals import rows_of
 
 pytestmark = pytest.mark.slurm

@@ -25,8 +25,8 @@ from pretrain.shards import manifest as manifests
 from pretrain.tokenizer.sentencepiece import train
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests import forked
-from tests.conftest import ROOT
 from tests.data_helpers import python_like_text
+from tests.forked import ROOT
 from tools import write_shards
 
 TOOL = ROOT / "tools" / "write_shards.py"

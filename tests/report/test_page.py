@@ -15,7 +15,7 @@ from pretrain.hardware import environment
 from pretrain.report import curves
 from pretrain.report.page import write_report
 from tests import forked
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.journals import journal
 from tools.report import headline
 

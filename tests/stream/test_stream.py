@@ -20,8 +20,8 @@ from pretrain.stream import stream as stream_module
 from pretrain.stream.mixture import Phase
 from pretrain.stream.source import StreamOptions
 from pretrain.stream.stream import Rows, Stream, batch_hash
-from tests.conftest import ROOT
 from tests.data_helpers import random_documents, write_dataset
+from tests.forked import ROOT
 from tests.http_store import serve
 
 SEQ_LEN = 32

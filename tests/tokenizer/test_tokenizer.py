@@ -15,8 +15,8 @@ from pretrain.tokenizer.sentencepiece import SPECIAL_PIECES, train
 from pretrain.tokenizer.texts import TOKENIZER_NAMES, continues_word
 from pretrain.tokenizer.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer
 from tests import forked
-from tests.conftest import ROOT
 from tests.data_helpers import python_like_text, spans_by_bytes
+from tests.forked import ROOT
 from tools import train_tokenizer
 
 HARD_TEXTS = [

@@ -27,7 +27,7 @@ from pretrain.shards import manifest as manifests
 from pretrain.stream import opening
 from pretrain.tokenizer.tokenizer import load_tokenizer
 from tests import forked
-from tests.conftest import ROOT
+from tests.forked import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
 

@@ -13,7 +13,8 @@ from pretrain.config import compose
 from pretrain.examples.tables import read_table
 from pretrain.predict import Predictor
 from tests import forked
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
+from tests.forked import ROOT
 from tests.journals import events, journal, wandb_history, wandb_records
 from tests.task_data import functions
 from tools import repeat_seeds
