@@ -1,69 +1,106 @@
-"""The README's commands work as written. Training ones run at a tiny size; the quickstart, in full, is a slow test."""
+"""The READMEs: their commands work as written, their links lead somewhere, and nothing that is there goes unnamed.
+
+Training commands run at a tiny size; the quickstart, in full, is a slow test.
+"""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, copy_checkout
+from tests import forked
+from tests.conftest import copy_checkout
+from tests.forked import ROOT
 
-README = (ROOT / "README.md").read_text()
-TRAINERS = ("pretrain.train", "launch/finetune.sh", "launch/torchrun.sh", "launch/deepspeed.sh")
+# In the order in which their commands run: later ones use what earlier ones made.
+READMES = ("README.md", "tools/README.md", "conf/README.md", "launch/README.md", "pretrain/README.md",
+           "pretrain/engine/README.md", "tests/README.md")  # fmt: skip
+TRAINERS = ("pretrain.train", "pretrain.finetune", "launch/finetune.sh", "launch/torchrun.sh", "launch/deepspeed.sh")
 MODEL = "model=llama_tiny "
 TINY = (MODEL + "train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
         "train.eval_samples=4 log.sample_tokens=4 log=none")  # fmt: skip
 
 
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
 def commands() -> list[str]:
-    """Every line of the README's bash blocks, continued lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Every line of the bash blocks, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", "\n".join(map(text_of, READMES)), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    return copy_checkout(tmp_path_factory.mktemp("clone"))
-
-
-def test_every_command_works_as_written(clone, environment):
-    text = clone / "my_text"
-    text.mkdir()
+    """A clone with some text, some examples, and a `python` that forks (the code it is a copy of)."""
+    clone = copy_checkout(tmp_path_factory.mktemp("clone"))
+    (clone / "my_text").mkdir()
     for file in Path(os.__file__).parent.glob("*.py"):
-        shutil.copy(file, text)
+        shutil.copy(file, clone / "my_text")
     rows = [{"text": f"def {name}(self):\n    return {number}", "label": "odd" if number % 2 else "even"}
             for number, name in enumerate(("start", "stop", "read", "write", "close", "sort"))]  # fmt: skip
     for split in ("train", "val"):
         (clone / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (clone / ".venv" / "bin").mkdir(parents=True)
-    (clone / ".venv" / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    programs = clone / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").symlink_to(forked.python())
+    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
+    return clone
+
+
+def test_every_command_works_as_written(clone, environment):
+    """What `python` or a launch script starts is forked; a bare torchrun and deepspeed are of their own."""
+    python = str(clone / ".venv" / "bin" / "python")
+    env = {**environment, "PYTHON": python, "PYTHON_EXEC": python, "PYTHONPATH": str(clone)}
     ran = 0
     for command in commands():
         trains = any(name in command for name in TRAINERS) and not re.search("--(help|cfg|check)", command)
         small = f"{command} {TINY.removeprefix(MODEL) if 'init=' in command else TINY}" if trains else command
-        env = {**environment, "PYTHON": sys.executable, "PYTHONPATH": str(clone)}
         line = ["bash", "-c", f". .venv/bin/activate; {small}"]
         done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran >= 12
+    assert ran >= 40
     for run in ("mine", "continued", "one", "two", "three", "four", "mood", "further"):
         rows = (clone / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [1, 2]
 
 
-def test_the_map_names_what_is_there():
-    shown = README.partition("## The map of the house")[2].partition("```\n")[2].partition("```")[0]
-    for name in re.findall(r"\b[a-z_]+\.(?:py|sh|sbatch)\b", shown):
-        assert list(ROOT.glob(f"*/{name}")), name
-    for tool in (ROOT / "tools").glob("*.py"):
-        assert tool.stem in shown, f"tools/{tool.name} is not on the map"
-    for module in (ROOT / "pretrain").glob("*.py"):
-        assert module.name == "__init__.py" or module.name in shown, f"{module.name} is not on the map"
+def test_the_first_one_is_read_in_one_sitting():
+    assert text_of("README.md").count("\n") <= 180
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text_of(name)):
+        assert target.startswith("https://") or ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("name", "things"),
+    [
+        ("pretrain/README.md", "pretrain/**/*.py"), ("tools/README.md", "tools/*.py"), ("launch/README.md", "launch/*"),
+        ("conf/README.md", "conf/*"), ("conf/README.md", "conf/experiment/*.yaml"),
+        ("conf/README.md", "conf/model/[a-z]*.yaml"),
+    ],
+)  # fmt: skip
+def test_everything_that_is_there_is_named(name, things):
+    known = re.findall(r"[\w.]+", text_of(name))
+    for path in ROOT.glob(things):
+        if path.name not in ("__init__.py", "README.md", "__pycache__"):
+            assert path.stem in known or path.name in known, f"{path.relative_to(ROOT)} is not in {name}"
+
+
+def test_files_that_are_named_are_there():
+    """Paths of this checkout, in any README."""
+    for name in READMES:
+        for path in re.findall(r"\b(?:pretrain|conf|launch|tools|tests)/[\w/.-]*\w\b", text_of(name)):
+            assert any(ROOT.glob(path)) or any(ROOT.glob(f"{path}.*")), f"{name} names {path}"
 
 
 @pytest.fixture(scope="module")

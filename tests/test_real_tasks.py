@@ -15,11 +15,13 @@ import pytest
 from pretrain.evaluation import metrics
 from pretrain.examples.tables import read_table
 from tests.baselines import bm25_ranks, first_answer_of_its_kind, rows, tf_idf
-from tests.conftest import ROOT, copy_checkout
+from tests.conftest import copy_checkout
+from tests.forked import ROOT
 from tests.real_models import published
 
 pytestmark = pytest.mark.slow
-BLOCK = re.search(r"\*\*On real data\*\*.*?^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+TOOLS = (ROOT / "tools" / "README.md").read_text()
+BLOCK = re.search(r"\*\*On real data\*\*.*?^```\n(.*?)^```", TOOLS, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
