@@ -71,28 +71,32 @@ make_venv() {
     echo unfinished >"$stamp"
 }
 
-progress() {  # what pip is doing, by what it wrote last
+packages() { find "$venv/lib" -maxdepth 3 -name '*.dist-info' 2>/dev/null | wc -l || true; }
+
+progress() {  # progress BEFORE: what pip is doing, by what it wrote last; BEFORE packages were there
     local last
     last=$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Installing)' "$log" | tail -n 1) || true
     if [[ $last == Installing* ]]; then  # the one line for all of them: what is done shows in the folder
-        echo "$(find "$venv/lib" -maxdepth 3 -name '*.dist-info' | wc -l) of $(tr ',' '\n' <<<"$last" | wc -l) packages installed"
+        echo "$(($(packages) - $1)) of $(tr ',' '\n' <<<"$last" | wc -l) packages installed"
     else
         cut -c 1-100 <<<"${last#"${last%%[! ]*}"}"
     fi
 }
 
 install() {
-    local started=$SECONDS told=0 extras=hf
+    local started=$SECONDS told=0 extras=hf before
+    before=$(packages)
     [[ $what != all ]] || extras=http,s3,hf,prepare,tasks,eval,dev
     say "installing the packages of constraints.txt (a minute or two; what pip says is in $log)"
     cd "$root"
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-input --progress-bar off \
+    # Python compiles what it imports; pip would compile all, most of which nobody imports.
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-input --progress-bar off --no-compile \
         -e ".[$extras]" -c constraints.txt >"$log" 2>&1 &
     local pip=$!
     trap 'kill "$pip" 2>/dev/null; fail "interrupted: run launch/setup.sh again to start over"' INT TERM HUP
     while kill -0 "$pip" 2>/dev/null; do
         sleep 1
-        ((SECONDS - started < told + 5)) || { told=$((SECONDS - started)); say "$told s: $(progress)"; }
+        ((SECONDS - started < told + 5)) || { told=$((SECONDS - started)); say "$told s: $(progress "$before")"; }
     done
     if ! wait "$pip"; then
         grep -v 'is ignored: it is neither a file nor a directory' "$log" | tail -n 30 >&2

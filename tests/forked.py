@@ -4,13 +4,13 @@
 
 A forked program has the arguments, environment, working directory, files, signals and exit code of its launch; with
 `ranks=2` there are two of it, as under torchrun: when one fails the others are ended, and the exit code is 1. Whatever
-ends the launch or the tests ends what was forked. What is no program of this project is run by a Python of its own.
+ends the launch or the tests ends what was forked.
 
-So is a launch whose environment differs in what is decided while importing (`FIXED`). The seed of hashes is the same in
-all that is forked.
+What is no program of this project is run by a Python of its own, and so is a launch whose environment differs in what
+is decided while importing (`FIXED`). The seed of hashes is the same in all that is forked.
 
 Three processes: the launch (`launch`, the command line that `program` gives), the server that imports (`serve`, one for
-each process of tests, started at its first use), and between them one that starts the ranks and waits (`supervise`).
+a test run, started at its first use), and between them one that starts the ranks and waits (`supervise`).
 """
 
 import functools
