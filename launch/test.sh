@@ -14,5 +14,5 @@ where=(tests)
 for argument; do
     [[ ! -e ${argument%%::*} ]] || where=()
 done
-(($#)) || set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
+(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

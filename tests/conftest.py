@@ -156,6 +156,14 @@ def transformers_here(monkeypatch):
     monkeypatch.setattr(cli, "subprocess", SimpleNamespace(Popen=InThisProcess))
 
 
+@pytest.fixture
+def transformers_forked(monkeypatch):
+    """The process in which transformers computes an export is forked from one that has imported it."""
+    monkeypatch.setattr(sys, "executable", str(forked.python()))
+    for name, value in forked.FIXED.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Real Slurm daemons, where they are installed and the user is root."""

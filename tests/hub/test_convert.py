@@ -38,7 +38,6 @@ from pretrain.tokenizer import huggingface  # noqa: E402
 from pretrain.tokenizer.chat import ChatFormat  # noqa: E402
 from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer  # noqa: E402
 from pretrain.tokenizer.tokenizer import load_tokenizer  # noqa: E402
-from tests import forked  # noqa: E402
 from tests.forked import ROOT  # noqa: E402
 from tests.journals import journal  # noqa: E402
 from tests.tokenizer.test_huggingface import byte_level, word_piece  # noqa: E402
@@ -46,6 +45,9 @@ from tools import export_hf, import_hf  # noqa: E402
 
 SMALL = ["run.name=x", "data.train=x", "train.seq_len=32", "model.layers=2", "model.width=24", "model.heads=4",
          "model.max_positions=96", "model.ffn_width=40", "model.dropout=0"]  # fmt: skip
+
+PYTHON = sys.executable
+pytestmark = pytest.mark.usefixtures("transformers_forked")
 
 
 def model(*overrides: str, vocab_size: int) -> ModelConfig:
@@ -328,17 +330,6 @@ def test_every_family_goes_out_proven_and_comes_back_bit_for_bit(family, request
     convert.import_hf(tmp_path / "hf", tmp_path / "back", check=False)
     assert equal(run, tmp_path / "back")
     assert (tmp_path / "back" / huggingface.FILE_NAME).is_file()
-
-
-PYTHON = sys.executable
-
-
-@pytest.fixture(autouse=True)
-def transformers_forked(monkeypatch):
-    """The process in which transformers computes is forked from one that has imported it."""
-    monkeypatch.setattr(sys, "executable", str(forked.python()))
-    for name, value in forked.FIXED.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")

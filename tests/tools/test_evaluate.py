@@ -31,6 +31,7 @@ from tests.forked import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
 
+pytestmark = pytest.mark.usefixtures("transformers_forked")
 QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
 
 

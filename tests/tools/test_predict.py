@@ -17,6 +17,7 @@ from tests.models import write_weights
 from tests.task_helpers import word_pieces
 from tools import predict
 
+pytestmark = pytest.mark.usefixtures("transformers_forked")
 WORDS = [f"w{i}" for i in range(30)]
 MODEL = ("model=bert_base", "model.layers=1", "model.width=24", "model.heads=2", "model.ffn_width=32",
          "model.max_positions=24", "train.seq_len=24", "train.precision=fp32")  # fmt: skip
