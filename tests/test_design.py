@@ -139,7 +139,6 @@ def test_every_module_has_its_place():
 
 
 def test_tests_mirror_the_folders():
-    """tests/FOLDER/test_MODULE.py is about pretrain/FOLDER; what a test file is about is named after it."""
     mirrored = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert mirrored == set(INSIDE) | {"dist", "launch", "tools"}
 

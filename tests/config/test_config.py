@@ -1,6 +1,7 @@
 """Every shipped config composes, and every mistake in one is refused with its key, its origin and a remedy."""
 
 import shutil
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -90,6 +91,14 @@ def test_a_mistake_names_the_key_and_the_remedy(overrides, words):
 def test_a_missing_value_says_what_to_add():
     with pytest.raises(ValueError, match=r"run.name has no value: add run.name="):
         compose.compose("pretrain", [])
+
+
+@pytest.mark.parametrize("how", ["--multirun", "hydra.mode=MULTIRUN"])
+def test_several_runs_in_one_command_are_refused(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", how, "run.name=x"])
+    with pytest.raises(ValueError, match="--multirun is not supported: start one command a run"):
+        compose.from_command_line("pretrain", lambda init: {})
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path, monkeypatch):

@@ -347,7 +347,9 @@ def theirs(words, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_of_theirs_comes_in_proven_and_the_tool_says_so(theirs, capsys, tmp_path):
+def test_a_model_of_theirs_comes_in_proven_and_the_tool_says_so(theirs, capsys, monkeypatch, tmp_path):
+    """By a transformers that is not forked: in a process that never knew anything of ours."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
     import_hf.main([str(theirs), "--output", str(tmp_path / "runs" / "it")])
     said = capsys.readouterr().out
     assert "MistralForCausalLM" in said and "equal to transformers" in said
