@@ -42,8 +42,9 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
         "def save(*_): time.sleep(1); (root / 'saved').touch(); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     )
-    line = [sys.executable, str(ROOT / "tools" / "repeat_seeds.py"), "--", sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen([*line, "run.name=x"], env=environment, text=True, stderr=subprocess.PIPE) as process:
+    seeds = forked.program(ROOT / "tools" / "repeat_seeds.py")
+    line = [*seeds, "--", sys.executable, "-c", script, str(tmp_path), "run.name=x"]
+    with subprocess.Popen(line, env=environment, text=True, stderr=subprocess.PIPE) as process:
         while not (tmp_path / "started").exists():
             assert process.poll() is None
             time.sleep(0.05)
