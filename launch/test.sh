@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests: without arguments all but the slow ones. Arguments go to pytest.
 #
-#   launch/test.sh                       # 20 minutes on 2 hyperthreads of an AMD EPYC without AVX-512
+#   launch/test.sh                       # about 10 minutes on two cores
 #   launch/test.sh -m '' tests/test_readme.py    # one file, its slow ones too
 #   launch/test.sh -k order -x
 #
@@ -14,5 +14,5 @@ where=(tests)
 for argument; do
     [[ ! -e ${argument%%::*} ]] || where=()
 done
-(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+(($#)) || set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest -m 'not slow' "${where[@]}" "$@"

@@ -6,8 +6,8 @@ A forked program has the arguments, environment, working directory, files, signa
 `ranks=2` there are two of it, as under torchrun: when one fails the others are ended, and the exit code is 1. Whatever
 ends the launch or the tests ends what was forked.
 
-What is no program of this project is run by a Python of its own, and so is a launch whose environment differs in what
-is decided while importing (`FIXED`). The seed of hashes is the same in all that is forked.
+Another module or file is run by a Python of its own, and so is a launch whose environment differs in what is decided
+while importing (`FIXED`). The seed of hashes is the same in all that is forked.
 
 Three processes: the launch (`launch`, the command line that `program` gives), the server that imports (`serve`, one for
 a test run, started at its first use), and between them one that starts the ranks and waits (`supervise`).
@@ -26,12 +26,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # one thread a rank, no GPU
+FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 GRACE_SECONDS = 30  # between SIGTERM and SIGKILL for the ranks that are left, as torchrun's
 MODULES = (
-    "pretrain.train", "pretrain.finetune", "pretrain.hub.reference", "torch.distributed.run",
-    "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+    "pretrain.train", "pretrain.finetune", "pretrain.hub.reference", "pretrain.evaluation.harness",
+    "torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
 )  # fmt: skip
 PRELOADED = (
     "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.bf16_optimizer",
@@ -40,9 +40,9 @@ PRELOADED = (
     "pretrain.train", "pretrain.finetune", "pretrain.predict", "torch.distributed.run", "deepspeed.launcher.launch",
 )  # fmt: skip
 FAILED = 70  # the exit code where no program was started
-# What training processes of tests run in, besides: this checkout's code.
+# What training processes of tests run in: this checkout's code, one thread a rank, no GPU.
 ENVIRONMENT = os.environ | FIXED | {
-    "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def server() -> str:
     return str(folder / "socket")
 
 
-def start_server() -> Path:
+def start_server(modules: tuple[str, ...] = PRELOADED) -> Path:
     """Start the server of this process and of those that it starts (by `FORKED`); returns its folder.
 
     It ends, and the folder with it, when this process ends.
@@ -80,7 +80,7 @@ def start_server() -> Path:
     os.environ["FORKED"] = str(folder)
     with open(folder / "errors", "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", str(folder)], cwd=ROOT, env=ENVIRONMENT, stderr=file,
+            [sys.executable, __file__, "--serve", str(folder), *modules], cwd=ROOT, env=ENVIRONMENT, stderr=file,
             stdin=subprocess.PIPE,
         )  # fmt: skip
 
@@ -138,9 +138,11 @@ def launch(path: str, argv: list[str]) -> None:
 
 
 def is_ours(argv: list[str]) -> bool:
-    """Whether Python is asked for one of `MODULES`, a tool or a worker of the tests."""
+    """Whether Python is asked for one of `MODULES`, for code, for a tool or for a worker of the tests."""
     if argv[:1] == ["-m"]:
         return argv[1] in MODULES
+    if argv[:1] == ["-c"]:
+        return True
     path = Path(argv[0]).resolve() if argv else ROOT
     return path.suffix == ".py" and path.parent.name in ("tools", "dist") and path.is_file()
 
@@ -148,11 +150,11 @@ def is_ours(argv: list[str]) -> bool:
 # In the server
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, modules: list[str]) -> None:
     """Import, then fork a supervisor for each launch, until the standard input is closed: the tests are over."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     try:
-        import_everything()
+        import_everything(modules)
     except BaseException:
         (folder / "failed").touch()
         raise
@@ -181,13 +183,14 @@ def serve(folder: Path) -> None:
             client.close()
 
 
-def import_everything() -> None:
+def import_everything(modules: list[str]) -> None:
     """What the programs import, what comes in late, and nothing that starts a thread."""
-    for name in PRELOADED:
+    for name in modules:
         importlib.import_module(name)
-    compose = importlib.import_module("pretrain.config.compose")
-    compose.compose("pretrain", ["run.name=x"])  # Hydra finds its plugins
-    assert sys.modules["deepspeed"].ops.__compatible_ops__  # DeepSpeed finds out what it could build
+    if compose := sys.modules.get("pretrain.config.compose"):
+        compose.compose("pretrain", ["run.name=x"])  # Hydra finds its plugins
+    if deepspeed := sys.modules.get("deepspeed"):
+        assert deepspeed.ops.__compatible_ops__  # DeepSpeed finds out what it could build
     for name in MODULES:  # runpy wants to import them itself
         sys.modules.pop(name, None)
 
@@ -305,6 +308,9 @@ def run(argv: list[str]) -> int:
         if argv[0] == "-m":
             sys.argv, sys.path[0] = argv[1:], os.getcwd()
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *argv[2:]], ""
+            exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv, sys.path[0] = argv, str(Path(argv[0]).resolve().parent)
             runpy.run_path(argv[0], run_name="__main__")
@@ -329,6 +335,6 @@ def run(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         sys.path[0] = str(ROOT)
-        serve(Path(sys.argv[2]))
+        serve(Path(sys.argv[2]), sys.argv[3:])
     else:
         launch(sys.argv[1], sys.argv[2:])

@@ -31,7 +31,7 @@ def wandb_records(run: Path) -> list[list[dict]]:
     found = []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout.splitlines()
         found.append([json.loads(line) for line in lines if line.startswith("{")])
     return found
 

@@ -94,19 +94,19 @@ class SlurmCluster:
         (munge / "key").chmod(0o400)
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={munge / v}" for k, v in files.items()))
-        self._until(lambda: (munge / "socket").exists(), "munge's socket", 10)
+        self._until(lambda: (munge / "socket").exists(), "munge's socket")
         conf = ("-D", "-f", self.env["SLURM_CONF"])
         self._daemon("slurmctld", "-c", *conf)
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-N", node, *conf)
-        self._until(lambda: self._idle_nodes() == 2, "two idle nodes", 30)
+        self._until(lambda: self._idle_nodes() == 2, "two idle nodes")
 
     def __exit__(self, *_) -> None:
         """Cancel what still runs (its processes are not the daemons' children), then stop the daemons, newest first."""
         try:
             if len(self.daemons) > 1:
                 self.run("scancel", "--user=root")
-                self._until(lambda: not self.run("squeue", "--noheader"), "the end of all jobs", 30)
+                self._until(lambda: not self.run("squeue", "--noheader"), "the end of all jobs", 60)
         except (AssertionError, subprocess.SubprocessError):
             self.run("scancel", "--signal=KILL", "--full", "--user=root", check=False)
         finally:
@@ -122,7 +122,7 @@ class SlurmCluster:
     def run(self, *command: str, check: bool = True, **options) -> str:
         """A Slurm command on this cluster; its standard output."""
         done = subprocess.run(
-            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, **options
+            command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, **options
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
         return done.stdout.strip()
@@ -137,19 +137,19 @@ class SlurmCluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, timeout: float) -> dict[str, str]:
+    def wait(self, job: str) -> dict[str, str]:
         """Wait for the end of a job."""
-        self._until(lambda: self.show(job)["JobState"] in ENDED, f"the end of job {job}", timeout)
+        self._until(lambda: self.show(job)["JobState"] in ENDED, f"the end of job {job}")
         return self.show(job)
 
-    def start_requeued_now(self, job: str, timeout: float = 60) -> None:
+    def start_requeued_now(self, job: str) -> None:
         """Wait until a job is queued again and has left its nodes; then start it without Slurm's two minutes' wait."""
 
         def queued() -> bool:
             shown = self.show(job)
             return shown["Restarts"] != "0" and shown["JobState"] == "PENDING" and self._idle_nodes() == 2
 
-        self._until(queued, f"job {job} to be queued again", timeout)
+        self._until(queued, f"job {job} to be queued again")
         time.sleep(1)  # a late message of the ended batch script would fail the new one
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
@@ -162,7 +162,7 @@ class SlurmCluster:
     def _idle_nodes(self) -> int:
         return self.run("sinfo", "--noheader", "--Node", "--format=%t", check=False).split().count("idle")
 
-    def _until(self, done, what: str, timeout: float) -> None:
+    def _until(self, done, what: str, timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while not done():
             for name, daemon in self.daemons:

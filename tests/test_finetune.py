@@ -142,9 +142,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, case):
     assert whole[-1]["loss"] < whole[0]["loss"]
     for name in ("result.json", "predictions.jsonl"):
         assert (runs / case / name).read_text() == (runs / f"{case}-resumed" / name).read_text(), name
-    ours, again = (
-        Weights(runs / name / "checkpoints" / "step-000000008") for name in (case, f"{case}-resumed")
-    )
+    ours, again = (Weights(runs / name / "checkpoints" / "step-000000008") for name in (case, f"{case}-resumed"))
     for name in ours.shapes:
         assert torch.equal(ours.read(name), again.read(name)), name
 

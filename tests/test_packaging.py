@@ -61,7 +61,7 @@ def test_installed_wheel_trains_outside_a_checkout(installed, shards, tmp_path, 
     env = {**environment, "PYTHONPATH": str(installed)}
     small = [*TINY, "train.steps=2", "run.name=outside", f"data.train={shards}"]
     command = [sys.executable, "-m", "pretrain.train", *small]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "runs" / "outside" / "metrics.jsonl").read_text().splitlines()) == 2
     where = (
@@ -83,7 +83,7 @@ def test_installed_tools_run(installed, tmp_path, environment):
     )
     tools = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
     env, command = {**environment, "PYTHONPATH": str(installed)}, [sys.executable, "-c", program, *tools]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     ended = [line for line in done.stdout.splitlines() if line.startswith("ended")]
     assert ended == [f"ended {tool} 0" for tool in tools], done.stderr
     assert done.stdout.count("usage:") == len(tools) >= 15

@@ -49,12 +49,15 @@ def clone(tmp_path_factory) -> Path:
     programs = clone / ".venv" / "bin"
     programs.mkdir(parents=True)
     (programs / "python").symlink_to(forked.python())
+    for name, module in (("torchrun", "torch.distributed.run"), ("deepspeed", "deepspeed.launcher.runner")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{programs}/python" -m {module} "$@"\n')
+        (programs / name).chmod(0o755)
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
     return clone
 
 
 def test_every_command_works_as_written(clone, environment):
-    """What `python` or a launch script starts is forked; a bare torchrun and deepspeed are of their own."""
+    """`python`, `torchrun`, `deepspeed` and what they and the launch scripts start are forked."""
     python = str(clone / ".venv" / "bin" / "python")
     env = {**environment, "PYTHON": python, "PYTHON_EXEC": python, "PYTHONPATH": str(clone)}
     ran = 0
@@ -62,7 +65,7 @@ def test_every_command_works_as_written(clone, environment):
         trains = any(name in command for name in TRAINERS) and not re.search("--(help|cfg|check)", command)
         small = f"{command} {TINY.removeprefix(MODEL) if 'init=' in command else TINY}" if trains else command
         line = ["bash", "-c", f". .venv/bin/activate; {small}"]
-        done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 40

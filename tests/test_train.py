@@ -33,7 +33,7 @@ def test_a_run_leaves_everything_it_promises(undisturbed):
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
     file = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not file.exists() or file.read_bytes().count(b"\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
         time.sleep(0.005)
@@ -48,7 +48,7 @@ def disturb(train, environment, name: str, at_row: int, number: signal.Signals, 
         wait_for_rows(train.root / name, at_row, process)
         for worker in forked.ranks_of(process.pid):
             os.kill(worker, number)
-        return process.wait(timeout=100)
+        return process.wait(timeout=600)
     finally:
         if process.poll() is None:
             for worker in forked.ranks_of(process.pid):

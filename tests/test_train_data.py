@@ -35,7 +35,7 @@ def second(shards, environment, tmp_path_factory) -> Path:
     texts = [str(Path(os.__file__).parent / name) for name in ("logging", "html", "xml")]
     line = forked.program(ROOT / "tools" / "write_shards.py", "--input", *texts, "--output", str(folder),
             "--tokenizer", str(shards.parent / "tokenizer.model"))  # fmt: skip
-    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=600)
     return folder
 
 
@@ -124,7 +124,7 @@ def chunked(shards, environment, tmp_path_factory) -> Path:
     line = forked.program(ROOT / "tools" / "write_shards.py", "--input", str(Path(os.__file__).parent / "json"),
             "--tokenizer", str(shards.parent / "tokenizer.model"), "--output", str(folder), "--chunk-tokens", "1000",
             "--shard-mb", "0.01")  # fmt: skip
-    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=600)
     return folder
 
 

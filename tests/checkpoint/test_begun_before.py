@@ -28,7 +28,7 @@ SETTINGS = (
 def test_it_goes_on(tmp_path, ranks, stage):
     shutil.copytree(BEFORE, tmp_path, dirs_exist_ok=True)
     line = forked.program("-m", "pretrain.train", *SETTINGS, f"deepspeed=zero{stage}", "train.steps=8", ranks=ranks)
-    subprocess.run(line, env=forked.ENVIRONMENT, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run(line, env=forked.ENVIRONMENT, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     run = tmp_path / "runs" / "begun"
     assert [event["step"] for event in events(run, "resume")] == [4]
     whole = [json.loads(line) for line in (BEFORE / "whole.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Run under torchrun by tests/tasks/test_embedding.py: one step on a batch of pairs in many splits, beside one plain graph.
+"""Run under torchrun by tests/tasks/test_embedding.py: a step on a batch of pairs in many splits, beside one graph.
 
 torchrun --nproc-per-node 2 tests/dist/contrast_worker.py OUT.json
 """

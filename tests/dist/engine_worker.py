@@ -188,9 +188,7 @@ def train_part(part: str, stage: int, precision: str, out: Path, ranks, device) 
     return found | {"changed": sorted(changed)}
 
 
-def move(
-    before: int, after: int, folder: Path, ranks, device, precision="fp32", part="all"
-) -> tuple[dict, Engine]:
+def move(before: int, after: int, folder: Path, ranks, device, precision="fp32", part="all") -> tuple[dict, Engine]:
     """Three steps at one stage, a checkpoint, three at another: what it loaded and how it went on."""
     first = build(before, precision, 2, ranks, device, part=part)
     losses = train(first, ranks, 3)["losses"]

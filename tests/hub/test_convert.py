@@ -38,6 +38,7 @@ from pretrain.tokenizer import huggingface  # noqa: E402
 from pretrain.tokenizer.chat import ChatFormat  # noqa: E402
 from pretrain.tokenizer.sentencepiece import SentencePieceTokenizer  # noqa: E402
 from pretrain.tokenizer.tokenizer import load_tokenizer  # noqa: E402
+from tests import forked  # noqa: E402
 from tests.forked import ROOT  # noqa: E402
 from tests.journals import journal  # noqa: E402
 from tests.tokenizer.test_huggingface import byte_level, word_piece  # noqa: E402
@@ -143,8 +144,8 @@ def test_a_trained_run_becomes_a_proven_folder_with_a_card_and_comes_back_bit_fo
                  f"{last['val_bits_per_byte']:.4f} bits per byte", data["train"], "causal_lm", "adamw"):  # fmt: skip
         assert fact in card
     code = card.split("```python\n")[1].split("```")[0]
-    line = [sys.executable, "-c", code]
-    ran = subprocess.run(line, cwd=tmp_path / "hf", env=environment, capture_output=True, text=True, timeout=120)
+    line = forked.program("-c", code)
+    ran = subprocess.run(line, cwd=tmp_path / "hf", env=environment, capture_output=True, text=True, timeout=600)
     assert ran.stdout.startswith("The history of the city begins"), ran.stderr
 
     facts = convert.import_hf(tmp_path / "hf", tmp_path / "back", check=False)
@@ -442,8 +443,8 @@ def test_the_command_that_converts_a_pickle_does(theirs, environment, tmp_path):
     with pytest.raises(ValueError) as refused:
         convert.import_hf(folder, tmp_path / "run")
     command = str(refused.value).split("convert it (")[1].split(") and import")[0]
-    command = command.replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    command = command.replace("python", str(forked.python()), 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=600)
     convert.import_hf(tmp_path / "old-safetensors", tmp_path / "run", check=False)
     convert.import_hf(theirs, tmp_path / "direct", check=False)
     assert equal(tmp_path / "run", tmp_path / "direct")
@@ -554,12 +555,12 @@ def test_a_signal_waits_for_the_end_of_what_must_be_whole(sent):
 def test_interrupted_while_transformers_computes_neither_it_nor_a_file_is_left(run, environment, tmp_path):
     command = [PYTHON, str(ROOT / "tools/export_hf.py"), str(run), "--output", str(tmp_path / "hf")]
     tool = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (found := children(tool.pid)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ".hf.partial" in unseen(tmp_path)
     tool.send_signal(signal.SIGTERM)
-    said, _ = tool.communicate(timeout=60)
+    said, _ = tool.communicate(timeout=600)
     assert tool.returncode == 130 and said.endswith("interrupted\n"), said
     assert unseen(tmp_path) == ["run"]
     assert found and not any(Path(f"/proc/{child}").exists() for child in found)
@@ -639,7 +640,7 @@ def test_memory_is_bounded_by_the_largest_tensor_not_the_model(shards, environme
     runs = [write_run(tmp_path / "tiny", model("model=llama_tiny", vocab_size=512), tokenizer),
             write_run(tmp_path / "big", config, tokenizer)]  # fmt: skip
     command = [sys.executable, "-c", MEASURE, dtype, *map(str, runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     tiny, big = json.loads(done.stdout.splitlines()[-1])
     for who, before, after in zip(("this program", "transformers"), tiny, big, strict=True):

@@ -1,12 +1,14 @@
 """launch/slurm.sbatch on a real Slurm of two nodes: it trains, and a job near its time limit goes on exactly, later."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.forked import ROOT
 from tests.journals import rows_of
 
@@ -40,13 +42,14 @@ def journal(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path):
+def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path, shards):
     """Two nodes of one rank. USR1, as Slurm sends it before the limit: saved, queued again, and then bit for bit
-    the losses and batches of a job that was left alone."""
-    undisturbed = cluster.wait(submit("undisturbed"), 120)
-    assert undisturbed["JobState"] == "COMPLETED", (tmp_path / "undisturbed.out").read_text()
+    the losses and batches of two ranks that were left alone."""
+    alone = (f"run.root={tmp_path}", "run.name=undisturbed", f"data.train={shards}")
+    line = forked.program("-m", "pretrain.train", *TINY, *alone, ranks=2)
+    subprocess.run(line, env=forked.ENVIRONMENT, check=True, capture_output=True, timeout=600)
     job = submit("requeued")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(journal(tmp_path / "requeued")) < 5:
         assert time.monotonic() < deadline and cluster.show(job)["JobState"] in ("PENDING", "RUNNING")
         time.sleep(0.05)
@@ -54,7 +57,7 @@ def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path
     cluster.start_requeued_now(job)
     after_save = len(journal(tmp_path / "requeued"))
     assert 5 <= after_save < STEPS
-    ended = cluster.wait(job, 120)
+    ended = cluster.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "requeued.out").read_text()
     keys = ("step", "loss", "grad_norm", "lr", "batch_hash")
     expected, found = (
@@ -68,7 +71,7 @@ def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path
 
 
 def test_bad_config_fails_the_job_with_one_message(cluster, submit, tmp_path):
-    ended = cluster.wait(submit("bad", "train.global_batch_size=9"), 60)
+    ended = cluster.wait(submit("bad", "train.global_batch_size=9"))
     output = (tmp_path / "bad.out").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), output
     assert output.count("error:") == 1 and "train.global_batch_size=9" in output and "Traceback" not in output

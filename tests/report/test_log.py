@@ -254,7 +254,7 @@ def test_wandb_online_and_unreachable_goes_on_offline(wandb_home, monkeypatch, c
     log = open_log(wandb_home / "run", wandb="online")
     log.row(row(1))
     log.close()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     (event,) = events(wandb_home / "run", "wandb")
     assert "online failed" in event["problem"] and event["instead"] == "offline"
     (start,) = wandb_records(wandb_home / "run")
@@ -280,7 +280,7 @@ class FakeWandb(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         if self.server.stalled:
-            time.sleep(60)
+            time.sleep(600)
         lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.server.steps += [json.loads(line)["step"] for line in lines]
         name = body.get("query", "").replace("(", " ").split()[1:2]
@@ -309,9 +309,9 @@ def test_wandb_online_sends_every_step_or_says_that_it_could_not(wandb_home, mon
     began = time.monotonic()
     for step in range(1, 101):
         log.row(row(step))
-    assert time.monotonic() - began < 20, "the server stalls for a minute"
+    assert time.monotonic() - began < 300, "the server stalls for ten minutes"
     log.close()
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
     assert server.steps == ([] if stalled else list(range(1, 101)))
     problems = [event["problem"] for event in events(wandb_home / "run", "wandb")]
     assert problems == (["finish failed: Timed out finishing run."] if stalled else [])

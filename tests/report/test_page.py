@@ -186,7 +186,7 @@ def test_the_command_line(tmp_path):
 
     def run(*arguments):
         command = forked.program(ROOT / "tools" / "report.py", *arguments)
-        return subprocess.run(command, capture_output=True, text=True, env=forked.ENVIRONMENT, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, env=forked.ENVIRONMENT, timeout=600)
 
     done = run(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0 and done.stderr == ""

@@ -173,7 +173,7 @@ def test_an_unfinished_stream_does_not_keep_the_process_alive(dataset):
     command = [sys.executable, "-c", program, str(dataset.folder)]
     env = os.environ | {"PYTHONPATH": root}
     for _ in range(5):  # without a clean end it aborted one time in four
-        done = subprocess.run(command, env=env, timeout=30, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, timeout=600, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "last line\n", "")
 
 
@@ -251,7 +251,7 @@ def test_remote_shards_are_fetched_ahead_in_the_order_of_their_use_and_no_others
         later = set().union(*used[14:]) - set().union(*used[:14])
         batches = stream.batches(0)
         next(batches)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 600
         while not soon <= server.requests.keys() and time.monotonic() < deadline:
             time.sleep(0.02)
         fetched = {name for name in server.requests if name.endswith(".tar")}

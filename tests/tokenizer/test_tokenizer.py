@@ -220,7 +220,7 @@ def test_impossible_vocabularies(texts, vocab_size, message):
 
 def run(*argv) -> subprocess.CompletedProcess:
     command = forked.program(ROOT / "tools" / "train_tokenizer.py", *argv)
-    return subprocess.run(command, cwd=ROOT, env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=forked.ENVIRONMENT, timeout=600, capture_output=True, text=True)
 
 
 def test_the_tool(tmp_path):

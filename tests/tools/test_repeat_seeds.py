@@ -52,7 +52,7 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
         for _ in range(3):
             process.send_signal(sent)
             time.sleep(0.2)
-        assert process.wait(30) == 130 and "interrupted" in process.stderr.read()
+        assert process.wait(600) == 130 and "interrupted" in process.stderr.read()
     assert (tmp_path / "saved").exists() and not (tmp_path / "started").exists()
 
 

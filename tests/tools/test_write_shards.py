@@ -232,7 +232,7 @@ def test_two_frames_and_large_zstd(tmp_path):
 def test_refusals_on_the_command_line(folder, tokenizer, tmp_path):
     def refused(*argv, output=tmp_path / "out") -> str:
         command = forked.program(ROOT / "tools" / "write_shards.py", "--output", output, *argv)
-        done = subprocess.run(command, env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True)
+        done = subprocess.run(command, env=forked.ENVIRONMENT, timeout=600, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
@@ -281,7 +281,7 @@ def test_an_interrupted_run_goes_on_from_its_finished_parts(folder, tokenizer, t
     with pytest.raises(ValueError, match="another write_shards.py is writing"):
         tool(*argv, "--output", output)
     process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
     assert "Traceback" not in errors and not output.exists()
     assert ("3 finished parts stay in" in errors) == (signal_number != signal.SIGKILL)
@@ -314,7 +314,7 @@ def test_memory_is_flat_in_the_size_of_the_corpus(tokenizer, tmp_path):
                 "--threads", 1, "--shard-mb", 0.5]  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, argv)],
-            env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True, check=True,
+            env=forked.ENVIRONMENT, timeout=600, capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 6, peaks
@@ -331,7 +331,7 @@ def test_a_full_disk(folder, tokenizer, tmp_path):
     argv = ["--input", folder, "--tokenizer", tokenizer.path, "--output", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-B", "-c", program, *map(str, argv)],
-        env=forked.ENVIRONMENT, timeout=60, capture_output=True, text=True,
+        env=forked.ENVIRONMENT, timeout=600, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     wanted = f"no room for {tmp_path / 'out'} (File too large): about 1 MB more are needed; nothing is kept"
