@@ -9,9 +9,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import hydra
 import yaml
@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import check, check_said
-from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, Config
+from pretrain.config.overrides import PATHS, as_typed, schema_keys
+from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, Config, PhaseConfig
 
 ReadModel = Callable[[str], dict[str, Any]]
 
@@ -50,21 +51,23 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     """
     # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
-    composed = _answered if any(argument.startswith("-") for argument in sys.argv[1:]) else _composed
-    found = composed(config_name, sys.argv[1:])
+    said = {as_typed(argument): argument for argument in sys.argv[1:]}
+    sys.argv[1:] = said
+    composed = _answered if any(argument.startswith("-") for argument in said) else _composed
+    found = composed(config_name, list(said))
     if found is None:
         return None
     cfg, hydra_config = found
     if hydra_config.mode and hydra_config.mode.name != "RUN":
         raise ValueError("--multirun is not supported: start one command a run, each with its own run.name")
-    origin = _origin(config_name, hydra_config.overrides.task, hydra_config)
-    return from_hydra(_with_its_model(cfg, origin, read_model), origin)
+    origin = _origin(config_name, [said.get(each, each) for each in hydra_config.overrides.task], hydra_config)
+    return from_hydra(_with_its_model(_at_home(cfg), origin, read_model), origin)
 
 
 def compose(config_name: str, overrides: list[str]) -> Config:
     """The same composition without a command line, for tools and tests."""
-    cfg, hydra_config = _composed(config_name, overrides)
-    return from_hydra(cfg, _origin(config_name, overrides, hydra_config))
+    cfg, hydra_config = _composed(config_name, [as_typed(override) for override in overrides])
+    return from_hydra(_at_home(cfg), _origin(config_name, overrides, hydra_config))
 
 
 def _composed(config_name: str, overrides: list[str]) -> tuple[Any, Any]:
@@ -96,6 +99,17 @@ def _answered(config_name: str, arguments: list[str]) -> tuple[Any, Any] | None:
     return composed[0] if composed else None
 
 
+def _at_home(cfg: Any) -> Any:
+    """With `~` in paths as the home it stands for: a shell leaves it alone after `key=`."""
+    for key in PATHS:
+        found = OmegaConf.select(cfg, key)
+        paths = list(found) if OmegaConf.is_list(found) else [found]
+        if any(isinstance(path, str) and path.startswith("~") for path in paths):
+            paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]
+            OmegaConf.update(cfg, key, paths if OmegaConf.is_list(found) else paths[0])
+    return cfg
+
+
 def _origin(config_name: str, overrides: Iterable[str], hydra_config: Any) -> Origin:
     runtime = hydra_config.runtime
     folders = tuple(Path(source.path) for source in runtime.config_sources if source.schema == "file")
@@ -120,6 +134,7 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
 
 def _checked(plain: dict[str, Any], origin: Origin) -> Config:
     """Plain values -> `Config`. Text is taken as it is: a label that looks like an interpolation is a label."""
+    _check_phases((plain.get("train") or {}).get("phases"), origin)
     try:
         merged = OmegaConf.merge(_schema(), _escaped(plain))
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -130,6 +145,21 @@ def _checked(plain: dict[str, Any], origin: Origin) -> Config:
         raise ValueError(_explain_key(error, origin)) from error
     check(config)
     return config
+
+
+def _check_phases(phases: Any, origin: Origin) -> None:
+    """OmegaConf does not say in which item of a list a key is wrong."""
+    known = [key.name for key in fields(PhaseConfig)]
+    for number, phase in enumerate(phases if isinstance(phases, list) else []):
+        where = f"train.phases[{number}] (from {_source('train.phases', origin)})"
+        if not isinstance(phase, dict):
+            raise ValueError(f"{where}: {phase!r} is no phase: write {{from_step: ..., seq_len: ...}}")
+        if unknown := [key for key in phase if key not in known]:
+            near = difflib.get_close_matches(unknown[0], known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else f": a phase has {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {unknown[0]}{hint}")
+        if "from_step" not in phase:
+            raise ValueError(f"{where}: it needs from_step, the step that it begins after")
 
 
 def _with_its_model(cfg: Any, origin: Origin, read_model: ReadModel) -> Any:
@@ -169,7 +199,9 @@ def _experiments(origin: Origin) -> list[tuple[str, dict[str, Any]]]:
     while names:
         name = names.pop()
         files = (folder / "experiment" / f"{name}.yaml" for folder in origin.folders)
-        content = next((yaml.safe_load(file.read_text()) for file in files if file.is_file()), None) or {}
+        content = (
+            next((yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file.is_file()), None) or {}
+        )
         found.append((f"experiment/{name}", content))
         built_on = [entry for entry in content.get("defaults") or [] if isinstance(entry, str) and entry != "_self_"]
         names += [entry.removeprefix("/experiment/") for entry in built_on]
@@ -180,7 +212,7 @@ def read(path: Path) -> Config:
     """Read a run's resolved `config.yaml`."""
     if not path.is_file():
         raise ValueError(f"no config.yaml in {path.parent}: is this a run's folder (runs/NAME)?")
-    saved = yaml.safe_load(path.read_text())
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         saved["model"] = ADDED_TO_MODELS | saved["model"]
         saved["train"] = {"epochs": 0.0} | saved["train"]
@@ -215,15 +247,13 @@ def _explain(error: HydraException, origin: Origin) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _explain_key(cause, origin)
     text = str(error).partition("Config search path:")[0].strip()
-    if "override_grammar" in text and any(re.match(r"task\.template=[^'\"]*{", said) for said in origin.overrides):
-        return "task.template holds braces: quote it once more for Hydra, as \"task.template='Translate: {text}'\""
     return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
 
 
 def _explain_key(error: OmegaConfBaseException, origin: Origin) -> str:
     key = str(error.full_key)
     where = f"(from {_source(key, origin)})"
-    known = _schema_keys(Config)
+    known = [name for name, _ in schema_keys()]
     if key not in known:
         last = key.rpartition(".")[2]
         near = difflib.get_close_matches(key, known, 1, 0.7) or [k for k in known if k.rpartition(".")[2] == last][:1]
@@ -246,20 +276,10 @@ def _source(key: str, origin: Origin) -> str:
     contents = [(name, parts, content) for name, content in _experiments(origin)]
     for name, path in files:
         file = conf_folder() / f"{name}.yaml"
-        contents.append((name, path, yaml.safe_load(file.read_text()) if file.is_file() else None))
+        contents.append((name, path, yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None))
     for name, path, node in contents:
         for part in path:
             node = node[part] if isinstance(node, dict) and part in node else None
         if node is not None:
             return f"conf/{name}.yaml"
     return "the config files"
-
-
-def _schema_keys(section: type, prefix: str = "") -> list[str]:
-    keys = []
-    for each in fields(section):
-        keys.append(prefix + each.name)
-        kind = next(filter(is_dataclass, get_args(each.type)), each.type)  # Optional[Section]
-        if is_dataclass(kind):
-            keys += _schema_keys(kind, f"{prefix}{each.name}.")
-    return keys

@@ -233,19 +233,40 @@ def test_what_an_experiment_says_of_its_own_choice_does_not_bind_another(tmp_pat
         compose.compose("finetune", ["run.name=x", "init=x", "tuning=head", "tuning.layer_lr_decay=0.5"])
 
 
-def test_a_template_comes_from_a_shell(monkeypatch):
-    hint = "quote it once more for Hydra"
-    for quoted, said in (
-        ("task.template='Translate: {en}'", None),
-        ("task.template=Translate: {en}", hint),
-        ("task.template={en}", hint),
-    ):
-        monkeypatch.setattr("sys.argv", ["finetune", "task=instruct", "run.name=x", quoted])
-        if said:
-            with pytest.raises(ValueError, match=said):
-                compose.from_command_line("finetune", dict)
-        else:
-            assert compose.from_command_line("finetune", dict).task.template == "Translate: {en}"
+TYPED = [
+    ("pretrain", "run.name=20_26", lambda cfg: cfg.run.name, "20_26"),
+    ("pretrain", "run.name=1e3", lambda cfg: cfg.run.name, "1e3"),
+    ("pretrain", "run.name='true'", lambda cfg: cfg.run.name, "true"),
+    ("pretrain", "data.train=/d/имя", lambda cfg: cfg.data.train, "/d/имя"),
+    ("pretrain", "data.train=/d/a=b", lambda cfg: cfg.data.train, "/d/a=b"),
+    ("pretrain", "data.train=/d/a(b) c's\\", lambda cfg: cfg.data.train, "/d/a(b) c's\\"),
+    ("pretrain", "data.train=[/d/имя, '/d/a,b', ~/x]", lambda cfg: cfg.data.train, ["/d/имя", "/d/a,b", "/home/me/x"]),
+    ("pretrain", "data.val=~/x", lambda cfg: cfg.data.val, "/home/me/x"),
+    ("pretrain", "data.val=null", lambda cfg: cfg.data.val, None),
+    ("pretrain", "log.sample_prompt=~/x", lambda cfg: cfg.log.sample_prompt, "~/x"),
+    ("finetune", "task.labels=[yes,1_0,null]", lambda cfg: cfg.task.labels, ["yes", "1_0", "null"]),
+    ("finetune", "task.template=Translate: {en}", lambda cfg: cfg.task.template, "Translate: {en}"),
+    ("finetune", "task.template='Translate: {en}'", lambda cfg: cfg.task.template, "Translate: {en}"),
+    ("finetune", "task.template={en}", lambda cfg: cfg.task.template, "{en}"),
+]
+
+
+@pytest.mark.parametrize(("entry", "typed", "value", "expected"), TYPED, ids=[case[1] for case in TYPED])
+def test_text_stays_as_typed(entry, typed, value, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    task = {"task.labels": ["task=classification"], "task.template": ["task=instruct"]}.get(typed.split("=")[0], [])
+    given = [*task, typed] if typed.startswith("run.name") else [*task, "run.name=x", typed]
+    assert value(compose.compose(entry, given)) == expected
+    monkeypatch.setattr("sys.argv", [entry, *given])
+    assert value(compose.from_command_line(entry, dict)) == expected
+
+
+def test_a_wrong_phase_is_named_with_where_it_came_from():
+    words = r"train.phases\[1\] .from the command line: train.phases=.*: unknown key step; did you mean from_step\?"
+    with pytest.raises(ValueError, match=words):
+        compose.compose("pretrain", ["run.name=x", "train.phases=[{from_step: 3, seq_len: 8}, {step: 30}]"])
+    with pytest.raises(ValueError, match=r"train.phases\[0\] .*: it needs from_step"):
+        compose.compose("pretrain", ["run.name=x", "train.phases=[{seq_len: 8}]"])
 
 
 def test_every_task_is_known_wherever_tasks_are_listed():
