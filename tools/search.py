@@ -24,10 +24,11 @@ from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.cli import run_tool
 from pretrain.config import compose
 from pretrain.examples.tables import read_table
-from pretrain.files import check_output, sha256_of_file, write_atomically
+from pretrain.files import check_output, sha256_of_file, write_output
 from pretrain.hub import convert
 from pretrain.inference.vectors import Index, library, write_index
-from pretrain.prepare.documents import Counts, find_files, read_documents
+from pretrain.prepare.documents import Counts, read_documents
+from pretrain.prepare.finding import find_files
 from pretrain.tasks.text_vectors import embed_texts
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,7 +88,7 @@ def search(args: argparse.Namespace) -> None:
     found = [{"query": query, "results": rows} for query, rows in zip(queries, results, strict=True)]
     if args.output:
         lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in found)
-        write_atomically(args.output, "".join(lines).encode())
+        write_output(args.output, "".join(lines).encode())
         print(f"wrote {args.output}: {len(found):,} queries")
     else:
         show(found)
@@ -103,7 +104,7 @@ def open_model(path: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
 
 def read_passages(inputs: Sequence[str], text_key: str, tokenizer: Tokenizer, max_tokens: int) -> list[dict[str, str]]:
     """The texts cut into pieces that the model can take whole, each with where it is from."""
-    files, counts, passages = find_files(inputs), Counts(), []
+    files, counts, passages = find_files(inputs).files, Counts(), []
     room = max_tokens - len(tokenizer.prefix) - len(tokenizer.suffix)
     if room < 1:
         raise ValueError(f"--max-tokens={max_tokens} leaves no room for text: take more")

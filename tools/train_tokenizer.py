@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from pretrain.cli import run_tool
 from pretrain.examples.decompress import is_compressed
-from pretrain.files import write_atomically
-from pretrain.prepare.documents import Counts, InputFile, find_files, is_held_out, read_documents
+from pretrain.files import check_new_folder, write_atomically
+from pretrain.prepare.documents import Counts, is_held_out, read_documents
+from pretrain.prepare.finding import InputFile, find_files
 from pretrain.stream.order import hash_key
 from pretrain.tokenizer.sentencepiece import train
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -29,10 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     output = Path(args.output)
     if output.exists():
-        raise ValueError(f"{output} exists already: delete it, or choose another --output")
-    files = find_files(args.input, args.include, args.exclude)
+        what = "is a folder: name a file in it" if output.is_dir() else "exists already: delete it"
+        raise ValueError(f"{output} {what}, or choose another --output")
+    check_new_folder(output)
+    found = find_files(args.input, args.include, args.exclude)
+    if note := found.note():
+        print(f"note: {note}")
     counts = Counts()
-    texts = sample(files, args.text_key, int(args.max_mb * 1e6), args.val_fraction, counts)
+    texts = sample(found.files, args.text_key, int(args.max_mb * 1e6), args.val_fraction, counts)
     size = sum(len(text.encode()) for text in texts)
     if notes := counts.summary():
         print(f"note: {notes}")
@@ -109,4 +114,4 @@ def report(tokenizer: Tokenizer, texts: list[str], seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

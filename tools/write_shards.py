@@ -16,7 +16,6 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +25,9 @@ from tqdm import tqdm
 from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.files import NO_ROOM
 from pretrain.prepare import duplicates, staging
-from pretrain.prepare.documents import Counts, find_files
+from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import FilterSettings, Report
+from pretrain.prepare.finding import find_files
 from pretrain.prepare.parts import PROGRESS_NAME, load_filters, sign_part, write_part
 from pretrain.prepare.plan import DEDUP, PARTS, SIGNED, Plan, Settings, make_plan
 from pretrain.prepare.workers import CLUSTERS, Executor
@@ -43,20 +43,22 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     output = Path(args.output).resolve()
     tokenizer = load_tokenizer(args.tokenizer)
-    files = find_files(args.input, args.include, args.exclude)
+    found = find_files(args.input, args.include, args.exclude)
+    if note := found.note():
+        print(f"note: {note}")
     settings = make_settings(args, tokenizer)
     for line in load_filters(settings.filters).notes():
         print(line)
     run = secrets.token_hex(4)
     with stops_as_ctrl_c(), staging.staging_folder(output, run) as folder:
-        plan = make_plan(folder, run, files, tokenizer, settings)
+        plan = make_plan(folder, run, found.files, tokenizer, settings)
         try:
             staging.add_tokenizer(folder, tokenizer)
             if settings.dedup != "none":
                 work(plan, SIGNED, sign_part, "looking for duplicates", args)
                 duplicates.decide(plan)
             work(plan, PARTS, write_part, "tokenizing", args)
-            result = staging.assemble(plan, tokenizer, output)
+            result = staging.assemble(plan, tokenizer, output, found.passed_over)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise staging.no_room(plan, error, output) from None
@@ -187,31 +189,6 @@ def work(plan: Plan, stage: str, function, name: str, args: argparse.Namespace) 
         executor.run(function, todo, plan.describe, plan.staging / f"logs-{stage}")
 
 
-class Stderr:
-    """Where the bar is drawn. That nobody reads the other end of a pipe any more is no error: tqdm would keep its lock.
-    What is left in the buffer then goes nowhere, for whoever flushes it (a new process does) would meet the error.
-    """
-
-    def __getattr__(self, name: str):
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        self._do(lambda: sys.stderr.write(text))
-
-    def flush(self) -> None:
-        self._do(sys.stderr.flush)
-
-    def _do(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stderr.fileno())
-            os.close(nowhere)
-        except OSError:
-            pass
-
-
 class Bar:
     """A bar of the bytes of input that are done, read from the folders of the parts: the same for all executors."""
 
@@ -222,7 +199,7 @@ class Bar:
         left = sum(self._todo.values())
         self._before, self._start = total - left, time.monotonic()
         self._finished: dict[str, int] = {}  # part -> tokens
-        shown = {"desc": name, "unit": "B", "unit_scale": True, "mininterval": 0.5, "file": Stderr()}
+        shown = {"desc": name, "unit": "B", "unit_scale": True, "mininterval": 0.5}
         self._bar = tqdm(total=total, initial=total - left, **shown)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -261,7 +238,7 @@ class Bar:
 
     def _read(self, name: str) -> tuple[int, int]:
         try:
-            done, tokens = (self._folder / name / PROGRESS_NAME).read_text().split()
+            done, tokens = (self._folder / name / PROGRESS_NAME).read_text(encoding="utf-8").split()
             return int(done), int(tokens)
         except (OSError, ValueError):  # not yet there, or being written
             return 0, 0
@@ -286,4 +263,4 @@ def print_summary(output: str, manifests: list[Manifest], counts: Counts, report
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

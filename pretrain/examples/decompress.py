@@ -1,5 +1,6 @@
 """Files compressed with gzip (.gz) or Zstandard (.zst) as streams; a cut or damaged one is never taken for whole."""
 
+import codecs
 import gzip
 import io
 import zlib
@@ -8,6 +9,11 @@ from typing import BinaryIO
 
 import zstandard
 
+READ = (".gz", ".zst", ".parquet")
+MAGIC = {  # the first bytes of files of a kind
+    ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1", ".zip": b"PK\x03\x04", ".pdf": b"%PDF-",
+    ".bz2": b"BZh9", ".xz": b"\xfd7zXZ\x00",
+}  # fmt: skip
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # what reading a damaged file raises
 
 
@@ -20,6 +26,26 @@ def content_suffix(path: Path) -> str:
     """The suffix of what is inside: ".jsonl" for a.jsonl and for a.jsonl.gz."""
     inner = path.with_suffix("") if is_compressed(path) else path
     return inner.suffix.lower()
+
+
+def check_content(path: Path, file: BinaryIO) -> None:
+    """`ValueError` where the first bytes of an open file are of another kind than its name says, with what to do."""
+    head = file.read(8)
+    file.seek(0)
+    suffix, content = path.suffix.lower(), content_suffix(path)
+    if content in (".gz", ".zst"):
+        unpack = "gunzip -k" if suffix == ".gz" else "zstd -d"
+        raise ValueError(f"{path} is compressed twice: run `{unpack} {path}` first")
+    if not head:
+        return
+    kind = next((kind for kind, start in MAGIC.items() if head.startswith(start)), None)
+    if kind and kind != suffix:
+        raise ValueError(f"{path} holds {kind} data, and its name does not say so: run `mv {path} {path}{kind}`"
+                         f"{'' if kind in READ else ', and unpack it'}")  # fmt: skip
+    if kind is None and is_compressed(path):
+        raise ValueError(f"{path} holds no {suffix} data: give it the name of what it is")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16, not UTF-8: convert it, as with iconv -f UTF-16 -t UTF-8")
 
 
 def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:

@@ -1,5 +1,6 @@
 """The kinds of files that tables are read from: numbered rows of each, and `ValueError` for what is wrong in it."""
 
+import codecs
 import csv
 import json
 import re
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain.examples import parquet
-from pretrain.examples.decompress import DAMAGE, content_suffix, decompressed, is_compressed
+from pretrain.examples.decompress import DAMAGE, check_content, content_suffix, decompressed, is_compressed
 from pretrain.shards import tar
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int | str, Row]]  # rows, and the number or name of each in its file
+_CARRIAGE_RETURN = re.compile(rb"(?<=\r)(?!\n|$)")  # it ends lines by itself in files of old programs
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON for half a character: whole only when the other half follows
 _LONGEST_FIELD = 1 << 30  # of a CSV, in characters; the csv module's own limit is 131,072
 
@@ -24,6 +26,8 @@ def opened(path: Path) -> tuple[str, Numbered]:
     suffix = content_suffix(path)
     if suffix not in FORMATS:
         raise ValueError(f"{path} is of a kind that is not read: give one of {', '.join(FORMATS)}")
+    with open(path, "rb") as file:
+        check_content(path, file)
     unit, read = FORMATS[suffix]
     if suffix in (".parquet", ".tar"):
         if is_compressed(path):
@@ -60,15 +64,14 @@ def _jsonl(stream: BinaryIO) -> Numbered:
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
-                row = _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                yield number, _object(row)
+                yield number, _object(_parse(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
 
 def _json(stream: BinaryIO) -> Numbered:
     try:
-        content = _parse(stream.read().removeprefix(b"\xef\xbb\xbf"))
+        content = _parse(stream.read())
     except ValueError as error:
         one_a_line = "; if each line is an object of its own, name the file .jsonl"
         raise ValueError(f"{error}{one_a_line if 'Extra data' in str(error) else ''}") from None
@@ -92,10 +95,13 @@ def _squad(article: Row) -> Iterator[Row]:
     try:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
-                texts, starts = answers(question.get("answers", []), f"question {question['id']!r}")
-                found = {"text": texts, "answer_start": starts}
-                yield {"id": question["id"], "title": title, "context": paragraph["context"],
-                       "question": question["question"], "answers": found}  # fmt: skip
+                row = {"id": question["id"], "title": title, "context": paragraph["context"],
+                       "question": question["question"]}  # fmt: skip
+                if "answers" not in question:  # no word of them is not the word that there are none
+                    yield question | row
+                    continue
+                texts, starts = answers(question["answers"], f"question {question['id']!r}")
+                yield row | {"answers": {"text": texts, "answer_start": starts}}
     except (KeyError, TypeError) as error:
         raise ValueError(f"article {title!r} is not as in SQuAD: paragraphs with context and qas, these with id, "
                          f"question and answers ({type(error).__name__}: {error})") from None  # fmt: skip
@@ -128,9 +134,10 @@ def _checked_header(names: list[str]) -> list[str]:
 
 
 def _decoded(stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+    lines = (part for line in stream for part in _CARRIAGE_RETURN.split(line))
+    for number, line in enumerate(lines, 1):
         try:
-            yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            yield _decode(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
 
@@ -207,8 +214,11 @@ def _object(row: Any) -> Row:
 
 
 def _decode(data: bytes) -> str:
+    """UTF-8, with or without the mark that some programs begin it with."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16, not UTF-8: convert the file, as with iconv -f UTF-16 -t UTF-8")
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(error)) from None
 

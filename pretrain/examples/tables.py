@@ -4,11 +4,13 @@ Every mistake is named with its file and place, and nothing is guessed: no row i
 """
 
 import difflib
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.cli import among
 from pretrain.examples.decompress import content_suffix
 from pretrain.examples.formats import FORMATS, Row, opened, short
 
@@ -55,7 +57,7 @@ class Table:
         if name not in self.columns:
             near = difflib.get_close_matches(name, self.columns, n=1)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{self.location} has no column {name!r}{meant}: there is {', '.join(self.columns)}; "
+            raise ValueError(f"{self.location} has no column {name!r}{meant}: there is {among(name, self.columns)}; "
                              f"name the right one with {key}=...")  # fmt: skip
         return Column(self.rows, name, key)
 
@@ -80,8 +82,8 @@ class Column(NamedTuple):
     def value(self, index: int) -> Any:
         """What a row has there, which must not be null."""
         value = self.rows[index].get(self.name)
-        if value is None:
-            lack = "is null" if self.name in self.rows[index] else "is missing"
+        if value is None or is_nan(value):
+            lack = "is missing" if self.name not in self.rows[index] else "is null" if value is None else "is NaN"
             raise ValueError(f"column {self.name!r} ({self.key}) {lack}: give it a value, or leave the row out")
         return value
 
@@ -92,6 +94,11 @@ class Column(NamedTuple):
             raise ValueError(f"column {self.name!r} holds {short(value)}, not text: name another column with "
                              f"{self.key}=..., or write it in quotes")  # fmt: skip
         return value
+
+
+def is_nan(value: Any) -> bool:
+    """Whether it is the number that Parquet and pandas have where there is no value."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def read_table(locations: str | list[str], key: str) -> Table:

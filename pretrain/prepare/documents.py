@@ -1,42 +1,24 @@
 """Raw input to documents: text, JSONL (both also .gz, .zst), Parquet, WebDataset tars; what went in is counted.
 
-A text file is one document; each line of a .jsonl file is one, each row of a .parquet file, each .txt or .json member
-of a .tar file. A folder is walked in sorted order. Documents are read one at a time, so memory grows with the longest
+A text file is one document; each line of a .jsonl file is one, each row of a .parquet, .json, .csv or .tsv file, each
+.txt or .json member of a .tar file. Documents are read one at a time, so memory grows with the longest
 document, not with the corpus. An uncompressed JSONL file can be cut into byte ranges, for several processes to read.
 """
 
-import fnmatch
+import codecs
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.examples.decompress import DAMAGE, content_suffix, is_compressed
+from pretrain.examples.decompress import DAMAGE, content_suffix
 from pretrain.prepare import readers
+from pretrain.prepare.finding import TABLE_SUFFIXES, InputFile
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .rb .pl .r .jl .sh .sql .lua "
-    ".scala .kt .swift .html .css .jsonl".split()
-)
-CONTAINER_SUFFIXES = frozenset({".parquet", ".tar"})
-_ARCHIVES = frozenset(".tgz .tbz2 .txz .zip .7z .rar .bz2 .xz".split())
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 _BLOCK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """A file to read; `bytes` is its size on disk. There may be millions: the name is kept as the little it is."""
-
-    file: str
-    bytes: int
-
-    @property
-    def path(self) -> Path:
-        return Path(self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,63 +77,6 @@ class Counts:
         if self.ignored_members:
             notes.append(f"{self.ignored_members:,} members of tar files are not texts (.txt, .json) and were ignored")
         return "; ".join(notes)
-
-
-def find_files(
-    inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[InputFile]:
-    """The files to read, in order. A file named outright is always taken; of a folder, those with a suffix of texts, or
-    those that match a glob of `include`, less those that match one of `exclude` (path within the folder, or a part).
-    """
-    found: list[Path] = []
-    for item in map(Path, inputs):
-        if item.is_file():
-            found.append(item)
-        elif item.is_dir():
-            found += _walk(item, include, exclude)
-        else:
-            raise ValueError(f"input {item} is not a file or a folder")
-    if not found:
-        suffixes = "a text suffix (.txt, .py, .jsonl, .txt.gz, .parquet, .tar, ...)"
-        wanted = f"matches {' '.join(include)}" if include else f"has {suffixes}"
-        raise ValueError(f"no file under {' '.join(map(str, inputs))} {wanted}: choose files with --include GLOB")
-    return [_checked(path) for path in dict.fromkeys(found)]
-
-
-def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        inside = Path(parent).relative_to(folder)
-        folders[:] = sorted(name for name in folders if not _matches(inside / name, exclude))
-        for name in sorted(names):
-            path = inside / name
-            has_suffix = path.suffix.lower() in CONTAINER_SUFFIXES or content_suffix(path) in TEXT_SUFFIXES
-            taken = _matches(path, include) if include else has_suffix
-            if taken and not _matches(path, exclude) and (folder / path).is_file():
-                yield folder / path
-
-
-def _matches(path: Path, globs: Sequence[str]) -> bool:
-    names = (path.as_posix(), *path.parts)
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
-
-
-def _checked(path: Path) -> InputFile:
-    """The file, which can be opened and is of a kind that can be read: before any work, not after hours of it."""
-    if path.suffix.lower() in _ARCHIVES:
-        raise ValueError(f"{path} is of a kind that is not read: unpack it first, or leave it out with --exclude")
-    if is_compressed(path) and content_suffix(path) in CONTAINER_SUFFIXES:
-        unpack = "gunzip -k" if path.suffix.lower() == ".gz" else "zstd -d"
-        raise ValueError(f"{path} is compressed as a whole: run `{unpack} {path}` first")
-    try:
-        with open(path, "rb") as file:
-            return InputFile(str(path), os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): see its permissions, or leave it out with --exclude"
-        ) from None
 
 
 def cut(files: Sequence[InputFile], piece_bytes: int) -> list[Piece]:
@@ -222,6 +147,8 @@ def _raw_documents(piece: Piece, text_key: str) -> Iterator[readers.Raw | reader
         return readers.rows(piece.path, text_key)
     if suffix == ".tar":
         return readers.members(piece.path)
+    if suffix in TABLE_SUFFIXES:
+        return _undamaged(readers.table(piece.path), piece.path)
     return _undamaged(readers.whole(piece.path), piece.path)
 
 
@@ -250,6 +177,7 @@ def _text(raw: readers.Raw, piece: Piece, text_key: str, counts: Counts, strict:
 
 
 def _decode(data: bytes, strict: bool) -> tuple[str, bool]:
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8"), True
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ def decide(plan: Plan) -> None:
     key = hashlib.sha256("".join(part.key for part in plan.parts).encode()).hexdigest()
     decided = plan.staging / SIGNED / DECIDED_NAME
     are_there = all((plan.folder(SIGNED, number) / DUPLICATES_NAME).exists() for number in numbers)
-    if are_there and decided.exists() and decided.read_text() == key:
+    if are_there and decided.exists() and decided.read_text(encoding="utf-8") == key:
         return
     arrays = [_load(plan.folder(SIGNED, number) / SIGNATURES_NAME) for number in numbers]
     ends = np.cumsum([len(array) for array in arrays])

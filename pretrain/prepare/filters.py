@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pretrain.prepare.documents import Counts, find_files, read_documents
+from pretrain.prepare.documents import Counts, read_documents
+from pretrain.prepare.finding import find_files
 from pretrain.prepare.pii import PLACEHOLDERS, Scrubber
 
 REASONS = ("too_short", "too_long", "contaminated", "exact_duplicate", "near_duplicate")
@@ -190,7 +191,7 @@ class EvaluationNgrams:
         self.texts = self.too_short = 0
         self._words: list[str] = []  # of all texts long enough, one after the other
         starts: list[np.ndarray] = []
-        for document in read_documents(find_files(inputs), text_key, Counts()):
+        for document in read_documents(find_files(inputs).files, text_key, Counts()):
             self.texts += 1
             words = _words(document.text)
             if len(words) < ngram:

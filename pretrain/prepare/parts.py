@@ -72,7 +72,7 @@ class Progress:
             self.save()
 
     def save(self) -> None:
-        self._path.write_text("{} {}".format(*self._done))
+        self._path.write_text("{} {}".format(*self._done), encoding="utf-8")
         self._written = time.monotonic()
 
 
@@ -187,7 +187,7 @@ def _part_folder(plan: Plan, stage: str, number: int) -> Iterator[Path]:
     The folder's name has the run in it: what an earlier run left, or still does, never mixes with the work of this one.
     """
     work = plan.staging / stage / f"{number:05d}.{plan.run}"
-    if (plan.staging / RUN_NAME).read_text() != plan.run:
+    if (plan.staging / RUN_NAME).read_text(encoding="utf-8") != plan.run:
         raise ValueError(f"another run of write_shards.py has taken over {plan.staging}")
     if work.exists():  # a cluster starts a task again
         shutil.rmtree(work)

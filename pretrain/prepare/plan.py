@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pretrain.examples.decompress import is_compressed
-from pretrain.prepare.documents import InputFile, Piece, cut, find_files
+from pretrain.prepare.documents import Piece, cut
 from pretrain.prepare.filters import FilterSettings
+from pretrain.prepare.finding import InputFile, find_files
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 1  # of the parts: raise it when the same input and settings give other bytes
+FORMAT = 2  # of the parts: raise it when the same input and settings give other bytes
 SIGNED, PARTS = "signed", "parts"  # the passes, and their folders
 RUN_NAME, DONE_NAME, DUPLICATES_NAME = "run", "done.json", "duplicates.npy"
 DEDUP = ("none", "exact", "near")
@@ -118,7 +119,7 @@ def make_plan(staging: Path, run: str, files: Sequence[InputFile], tokenizer: To
 
 
 def _evaluation_files(settings: Settings) -> list[InputFile]:
-    return find_files(settings.filters.decontaminate) if settings.filters.decontaminate else []
+    return find_files(settings.filters.decontaminate).files if settings.filters.decontaminate else []
 
 
 def _grouped(pieces: list[Piece], part_bytes: int) -> Iterator[list[Piece]]:

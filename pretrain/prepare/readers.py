@@ -4,6 +4,7 @@ Everything is streamed, and nothing that a file claims of itself is believed: a 
 kilobytes of .gz can unpack to terabytes), a tar is walked and never extracted, and nothing is unpickled.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from pretrain.examples import parquet
 from pretrain.examples.decompress import decompressed
+from pretrain.examples.formats import opened
 from pretrain.shards import tar
 
 MAX_DOCUMENT_BYTES = 4 * 2**30  # of text, after decompression
@@ -91,6 +93,18 @@ def rows(path: Path, column: str) -> Iterator[Raw]:
     size = os.path.getsize(path)
     for number, (total, value) in enumerate(parquet.texts(path, column), 1):
         yield Raw(value, f"row {number}", size * number // total)
+
+
+def table(path: Path) -> Iterator[Raw]:
+    """The rows of a .json, .csv or .tsv file, each as an object."""
+    size, before = os.path.getsize(path), None
+    unit, rows = opened(path)
+    for number, row in rows:
+        if before is not None:
+            yield before
+        before = Raw(json.dumps(row).encode(), f"{unit} {number}", 0, is_json=True)
+    if before is not None:
+        yield before._replace(position=size)
 
 
 def members(path: Path) -> Iterator[Raw | Ignored]:

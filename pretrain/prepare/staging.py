@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.files import lock, sync_folder, write_atomically, write_synced
+from pretrain.files import check_new_folder, lock, sync_folder, write_atomically, write_synced
 from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import Report
+from pretrain.prepare.finding import PassedOver
 from pretrain.prepare.plan import PARTS, RUN_NAME, SIGNED, Plan
 from pretrain.shards.manifest import INDEX_NAME, Manifest, Shard, save
 from pretrain.shards.remote import Store
@@ -27,6 +28,7 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 FINAL, MOVES_NAME = "final", "moves.json"
 INPUTS_NAME, REPORT_NAME = "inputs.json", "report.json"
 INPUTS_FORMAT = 1
+LISTED = 1000  # of the names that were passed over
 
 
 @contextlib.contextmanager
@@ -38,6 +40,7 @@ def staging_folder(output: Path, run: str) -> Iterator[Path]:
         raise ValueError(f"{output} holds a finished data set: delete it, or choose another --output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder: choose another --output")
+    check_new_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -100,7 +103,9 @@ def add_tokenizer(staging: Path, tokenizer: Tokenizer) -> None:
     write_atomically(staging / tokenizer.file_name, tokenizer.file_bytes)
 
 
-def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manifest], Counts, Report]:
+def assemble(
+    plan: Plan, tokenizer: Tokenizer, output: Path, passed_over: Sequence[PassedOver] = ()
+) -> tuple[list[Manifest], Counts, Report]:
     """Turn the finished parts into the output: a manifest of each split, what was read, and what was left out."""
     # of the pieces of the input there may be millions: they are read again, a part at a time, when they are written
     done = [_without_pieces(plan.done(PARTS, number)) for number in range(len(plan.parts))]
@@ -118,7 +123,7 @@ def assemble(plan: Plan, tokenizer: Tokenizer, output: Path) -> tuple[list[Manif
     for split, manifest in zip(plan.settings.splits, manifests, strict=True):
         write_atomically(final / split / tokenizer.file_name, tokenizer.file_bytes)
         save(manifest, final / split)
-    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report)
+    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report, passed_over)
     if report.summary():
         write_synced(final / REPORT_NAME, (json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     sync_folder(final)
@@ -195,8 +200,9 @@ def _undo_moves(staging: Path) -> None:
 
 
 def _write_inputs(
-    path: Path, plan: Plan, tokenizer: Tokenizer, manifests: list[Manifest], counts: Counts, report: Report
-) -> None:
+    path: Path, plan: Plan, tokenizer: Tokenizer, manifests: list[Manifest], counts: Counts, report: Report,
+    passed_over: Sequence[PassedOver],
+) -> None:  # fmt: skip
     """inputs.json, the manifest of what went in: the options, and each piece of the input with what became of it."""
     dropped = {reason: tally.documents for reason, tally in report.dropped.items() if tally.documents}
     facts = {
@@ -210,6 +216,8 @@ def _write_inputs(
             for split, manifest in zip(plan.settings.splits, manifests, strict=True)
         },
     }
+    if passed_over:
+        facts["passed_over"] = {"count": len(passed_over), "first": [one._asdict() for one in passed_over[:LISTED]]}
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}") + ',\n "inputs": [\n')
         for number in range(len(plan.parts)):

@@ -158,7 +158,7 @@ class _Task:
             if result:
                 break
         temporary = self.outcome.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result))
+        temporary.write_text(json.dumps(result), encoding="utf-8")
         os.replace(temporary, self.outcome)
 
     def checkpoint(self):
@@ -183,7 +183,7 @@ def _on_cluster(executor: Executor, function: Function, shares: list[Sequence[in
             logs.chmod(logs.stat().st_mode)  # a network disk forgets that a file was not there
             for task in [task for task in waiting if task.outcome.exists()]:
                 del waiting[task]
-                _raise(json.loads(task.outcome.read_text()))
+                _raise(json.loads(task.outcome.read_text(encoding="utf-8")))
             now = time.monotonic()
             if executor.cluster == "local" or now - looked >= QUEUE_SECONDS:
                 gone_since = {task: gone_since.get(task, now) for task in _gone(executor.cluster, waiting)}
@@ -227,7 +227,7 @@ def _gone(cluster: str, waiting: dict) -> set[_Task]:
         return {task for task, job in waiting.items() if job.done()}
     ids = ",".join(job.job_id for job in waiting.values())
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={ids}"]
-    listed = subprocess.run(command, capture_output=True, text=True)
+    listed = subprocess.run(command, capture_output=True, encoding="utf-8")
     if listed.returncode and "Invalid job id" not in listed.stderr:
         return set()  # Slurm does not answer now
     there = set(listed.stdout.split())
@@ -236,7 +236,7 @@ def _gone(cluster: str, waiting: dict) -> set[_Task]:
 
 def _lost(job) -> ValueError:
     logs = [path for path in (job.paths.stderr, job.paths.stdout) if path.exists() and path.stat().st_size]
-    tail = logs[0].read_text(errors="replace").splitlines()[-LOG_LINES:] if logs else []
+    tail = logs[0].read_text(errors="replace", encoding="utf-8").splitlines()[-LOG_LINES:] if logs else []
     text = "\n".join(["", f"the end of {logs[0]}:", *tail]) if tail else f" (it left no log in {job.paths.folder})"
     return ValueError(
         f"job {job.job_id} ended before its work was done (killed, out of memory, or out of time: see --cluster-option "

@@ -41,7 +41,8 @@ def test_every_format_gives_the_same_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     members = [(f"d/{i}.{name}", row[column].encode()) for i, row in enumerate(ROWS)
                for name, column in (("txt", "text"), ("cls", "label"))]  # fmt: skip
-    write_tar(tmp_path / "a.tar", [(f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(ROWS)])
+    bom = b"\xef\xbb\xbf"
+    write_tar(tmp_path / "a.tar", [(f"{i}.json", bom + json.dumps(row).encode()) for i, row in enumerate(ROWS)])
     write_tar(tmp_path / "b.tar", members)
     paths = {
         write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + JSONL.replace(b"\n", b"\n\n")): ["line 1", "line 3"],
@@ -53,6 +54,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
             ["line 2", "line 4"],
         write(tmp_path / "c.jsonl.gz", gzip.compress(JSONL)): ["line 1", "line 2"],
         write(tmp_path / "d.csv.zst", zstandard.compress(CSV.encode())): ["line 2", "line 4"],
+        write(tmp_path / "e.csv", CSV.replace("\r\n", "\r")): ["line 2", "line 4"],
         tmp_path / "a.parquet": ["row 1", "row 2"],
         tmp_path / "a.tar": ["sample 0", "sample 1"],
     }  # fmt: skip
@@ -89,6 +91,13 @@ def test_squad_both_versions(tmp_path):
     for wrong in ({"text": ["b"], "answer_start": []}, "b", [{"text": "b"}], {"text": ["b"], "answer_start": ["3"]}):
         with pytest.raises(ValueError, match=r"^here: answers must be .* not "):
             answers(wrong, "here")
+    answered["answer"] = answered.pop("answers")
+    with pytest.raises(ValueError, match="line|row 1|missing"):
+        read(write(tmp_path / "d.json", json.dumps(squad))).column("answers", "task.answers").value(0)
+    impossible["answer"] = impossible.pop("answers")
+    with pytest.raises(ValueError, match=r"d.json has no column 'answers' \(did you mean 'answer'\?\)"):
+        read(write(tmp_path / "d.json", json.dumps(squad))).column("answers", "task.answers")
+    answered["answers"], impossible["answers"] = answered.pop("answer"), impossible.pop("answer")
     del paragraphs[0]["context"]
     refuses(tmp_path / "b.json", json.dumps(squad), "article 'Ada' is not as in SQuAD")
     paragraphs[0]["context"], answered["answers"] = "Ada wrote.", [{"text": "Ada"}]
@@ -163,6 +172,8 @@ def test_bad_lines_are_named(tmp_path, content, message):
         ("a.csv", "text\n", " holds no rows"),
         ("a.txt", "", " holds no rows"),
         ("a.txt", b"\xff", ": not UTF-8"),
+        ("a.csv", "text,label\nx,y\n".encode("utf-16"), " is UTF-16, not UTF-8: convert it, as with iconv"),
+        ("a.jsonl", JSONL.decode().encode("utf-16"), " is UTF-16"),
         ("a.json", "[]", " holds no rows"),
         ("a.json", '{"text": "x"}', ': it must be an array of objects, or an object with an array "data"'),
         ("a.json", JSONL, "Extra data: line 2 column 1 (char 62)); if each line is an object of its own, name"),

@@ -16,7 +16,8 @@ import pytest
 import zstandard
 
 from pretrain.prepare import readers
-from pretrain.prepare.documents import Counts, Document, InputFile, Piece, cut, find_files, read_documents, sha256_of
+from pretrain.prepare.documents import Counts, Document, Piece, cut, read_documents, sha256_of
+from pretrain.prepare.finding import InputFile, find_files
 from tests.forked import ROOT
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -25,7 +26,7 @@ from pyarrow import parquet  # noqa: E402
 
 def read(*paths: Path, text_key: str = "text", strict: bool = False) -> tuple[list[Document], Counts]:
     counts = Counts()
-    return list(read_documents(find_files(paths), text_key, counts, strict)), counts
+    return list(read_documents(find_files(paths).files, text_key, counts, strict)), counts
 
 
 def triples(documents: list[Document], root: Path) -> list[tuple[str, int, str]]:
@@ -50,10 +51,11 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **info: object) -> P
 def read_alone(folder: Path, max_bytes: int = readers.MAX_DOCUMENT_BYTES) -> tuple[str, int]:
     """In a process of its own: the characters read, or the error, and how many MB the peak of its memory grew."""
     code = (
-        "import pyarrow.parquet, re, sys; from pretrain.prepare import documents as d, readers\n"
+        "import pyarrow.parquet, re, sys; from pretrain.prepare import documents as d, finding as f, readers\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
         "readers.MAX_DOCUMENT_BYTES, before = int(sys.argv[2]), peak()\n"
-        "try: print(sum(len(x.text) for x in d.read_documents(d.find_files([sys.argv[1]]), 'text', d.Counts())))\n"
+        "files = f.find_files([sys.argv[1]]).files\n"
+        "try: print(sum(len(x.text) for x in d.read_documents(files, 'text', d.Counts())))\n"
         "except ValueError as error: print(error)\n"
         "print(peak() - before)"
     )
@@ -89,7 +91,7 @@ def test_a_document_says_where_it_is_from_and_what_was_read_for_it(tmp_path):
 def test_an_empty_file_is_an_empty_document(tmp_path, name):
     (tmp_path / name).touch()
     assert read(tmp_path) == ([], Counts(empty=1))
-    assert cut(find_files([tmp_path]), 100) == [Piece(str(tmp_path / name), 0, 0)]
+    assert cut(find_files([tmp_path]).files, 100) == [Piece(str(tmp_path / name), 0, 0)]
 
 
 def test_the_counts_of_parts_add_up():
@@ -156,7 +158,7 @@ def test_any_cut_gives_the_same_documents(tmp_path, piece_bytes, ending):
     body = b"\r\n".join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts)
     (tmp_path / "a.jsonl").write_bytes(b"\n" + body.replace(b"\r\n", b"\n\n", 2) + ending)
     (tmp_path / "b.txt").write_bytes(b"not cut" * 100)
-    files = find_files([tmp_path])
+    files = find_files([tmp_path]).files
     pieces = cut(files, piece_bytes)
     size = files[0].bytes
     assert [(p.start, p.end) for p in pieces[:-1]] == [
@@ -227,6 +229,13 @@ def test_parquet_rows_are_documents(tmp_path, kind):
     assert [(text, source) for text, _, source in triples(documents, tmp_path)] == wanted
     assert counts == Counts(documents=len(wanted), empty=172 - len(wanted))
     assert sum(d.input_bytes for d in documents) == (tmp_path / "a.parquet").stat().st_size
+
+
+def test_a_parquet_file_without_any_text_is_of_empty_documents(tmp_path):
+    write_parquet(tmp_path / "a.parquet", pyarrow.nulls(3))
+    write_parquet(tmp_path / "b.parquet", ["x"])
+    documents, counts = read(tmp_path)
+    assert [d.text for d in documents] == ["x"] and counts == Counts(documents=1, empty=3)
 
 
 def test_parquet_by_another_column_and_without_rows(tmp_path):
@@ -383,9 +392,9 @@ def test_bad_texts_in_a_tar_name_their_member(tmp_path):
 def test_a_folder_gives_its_files_of_known_kinds(tmp_path):
     names = ["a.txt", "b.parquet", "c.tar", "d.JSONL", "e.md.gz", "f.tar.gz", "g.parquet.zst", "h.png", "i.zip"]
     for name in names:
-        (tmp_path / name).write_text("x")
-    assert [file.path.name for file in find_files([tmp_path])] == names[:5]
-    assert find_files([tmp_path / "h.png"]) == [InputFile(str(tmp_path / "h.png"), 1)]
+        (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith("md.gz") else b"x")
+    assert [file.path.name for file in find_files([tmp_path]).files] == names[:5]
+    assert find_files([tmp_path / "h.png"]).files == [InputFile(str(tmp_path / "h.png"), 1)]
 
 
 @pytest.mark.parametrize(
@@ -421,6 +430,6 @@ def test_an_unreadable_file_is_an_error_before_any_work():
             message = r"b\.txt cannot be read \(Permission denied\): see its permissions, or leave it out with --ex"
             with pytest.raises(ValueError, match=message):
                 find_files([folder])
-            assert [file.path.name for file in find_files([folder], exclude=["b.*"])] == ["a.txt"]
+            assert [file.path.name for file in find_files([folder], exclude=["b.*"]).files] == ["a.txt"]
         finally:
             os.seteuid(user)

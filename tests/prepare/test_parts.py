@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from pretrain.prepare import parts, workers
-from pretrain.prepare.documents import find_files
+from pretrain.prepare.finding import find_files
 from pretrain.prepare.plan import Settings, make_plan
 from pretrain.prepare.workers import Executor, _Task
 from pretrain.shards import manifest as manifests
@@ -95,7 +95,7 @@ def finished_parts(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_the_input_is_cut_the_same_way_whoever_reads_it(source, tokenizer, tmp_path):
-    plan = make_plan(tmp_path, "run", find_files([source]), tokenizer, Settings(shard_tokens=PART_BYTES // 4))
+    plan = make_plan(tmp_path, "run", find_files([source]).files, tokenizer, Settings(shard_tokens=PART_BYTES // 4))
     size = (source / "a.jsonl").stat().st_size
     cuts = [(p.pieces[0].start, p.pieces[0].end) for p in plan.parts if p.pieces[0].path.name == "a.jsonl"]
     assert cuts == [(start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)] and len(cuts) > 7
@@ -109,7 +109,7 @@ def test_compressed_input_counts_four_times(tokenizer, tmp_path):
 
     for i in range(8):
         (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(os.urandom(100), mtime=0))  # 123 bytes on disk
-    plan = make_plan(tmp_path, "run", find_files([tmp_path]), tokenizer, Settings(shard_tokens=246))
+    plan = make_plan(tmp_path, "run", find_files([tmp_path]).files, tokenizer, Settings(shard_tokens=246))
     assert [len(part.pieces) for part in plan.parts] == [2, 2, 2, 2]
 
 
@@ -416,7 +416,7 @@ def test_input_that_changes_while_it_is_read(source, tokenizer, tmp_path, monkey
 
 
 def test_another_run_that_took_over_is_left_alone(source, tokenizer, tmp_path):
-    plan = make_plan(tmp_path, "old", find_files([source]), tokenizer, Settings())
+    plan = make_plan(tmp_path, "old", find_files([source]).files, tokenizer, Settings())
     (tmp_path / "run").write_text("new")
     (tmp_path / "parts").mkdir()
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())

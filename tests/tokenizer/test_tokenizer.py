@@ -265,7 +265,7 @@ def test_the_tool_refuses_what_it_cannot_do(tmp_path):
 def test_the_sample_is_spread_over_the_text_and_bounded(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {n} with some words in it\n" for n in range(3000)))
-    files = train_tokenizer.find_files([tmp_path])
+    files = train_tokenizer.find_files([tmp_path]).files
     texts = train_tokenizer.sample(files, "text", 200_000, 0.0, train_tokenizer.Counts())
     assert texts == train_tokenizer.sample(files, "text", 200_000, 0.0, train_tokenizer.Counts())
     assert 150_000 < sum(map(len, texts)) < 250_000
