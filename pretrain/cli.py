@@ -1,13 +1,21 @@
 """How every command line of the project ends: one clear message and exit code 2 for a user's mistake, no traceback."""
 
 import contextlib
+import difflib
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: Slurm's, before time is up
+from pretrain.console import outlive
+
+# SIGUSR1: Slurm's, before time is up; SIGHUP: the terminal is gone, and under nohup it is ignored
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+LISTED = 20  # names in a message
 
 
 def how_to_install(extra: str) -> str:
@@ -15,10 +23,38 @@ def how_to_install(extra: str) -> str:
     return f"launch/setup.sh all in a checkout, else pip install 'pretrain[{extra}]'"
 
 
-def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool's `main`; `ValueError` and `OSError` become one message on stderr and exit code 2, Ctrl-C 130."""
+def among(wanted: str, known: Sequence[str]) -> str:
+    """Known names for a message about one that is not: few, or the nearest of many."""
+    if len(known) <= LISTED:
+        return ", ".join(known)
+    near = difflib.get_close_matches(wanted, known, 3, 0.6)
+    meant = f"the nearest are {', '.join(map(repr, near))}" if near else f"as {', '.join(known[:3])}"
+    return f"{len(known):,} ({meant})"
+
+
+def check_text(text: str, what: str) -> None:
+    """`ValueError` where bytes that are no characters of this terminal or shell have come in as text."""
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not UTF-8: type it, or rename the file, in UTF-8") from None
+
+
+def run_tool(main: Callable[[], None], tells: bool = False) -> None:
+    """Run a tool's `main`; `ValueError` and `OSError` become one message on stderr and exit code 2, Ctrl-C 130.
+
+    Nothing that stderr does ends it; nor stdout, where that only `tells` of work whose result is elsewhere. Where the
+    result is what is printed, the tool ends quietly when its reader left, with the code that SIGPIPE would give.
+    """
+    outlive("stderr", *["stdout"] * tells)
+    try:
+        for number, argument in enumerate(sys.argv[1:], 1):
+            check_text(argument, f"argument {number} ({ascii(argument)[:60]})")
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -70,6 +106,7 @@ def stops_as_ctrl_c() -> Iterator[None]:
         raise KeyboardInterrupt
 
     polite = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    polite = [number for number in polite if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, interrupt) for number in polite]
     try:
         yield

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TASK, RESULT, PREDICTIONS = "task.json", "result.json", "predictions.jsonl"  # in the folder of a fine-tuned run
 EVALUATION, IMPORTED = "evaluation.json", "imported.json"  # in a run's folder: of tools/evaluate.py, tools/import_hf.py
+_TAKEN: dict[Path, Any] = {}  # the locked files of this process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says when a disk is full
 
 
@@ -31,10 +33,43 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def why_not_in(folder: Path) -> str | None:
+    """Why nothing can be written in a folder that is there, or is to be made; None where it can."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is no folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse a folder that could not get its name at the end, before the work on it begins."""
+    if output.is_mount():
+        raise ValueError(f"{output} is a mount point, and cannot be replaced: name a folder inside it")
+    if why := why_not_in(output.absolute().parent):
+        raise ValueError(f"{output}: {why}: name another place")
+
+
 def check_output(path: Path | None) -> None:
     """Refuse a file that could not be written at the end, before the work on it begins."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}")
+    why = None if path.exists() and os.access(path, os.W_OK) else why_not_in(path.absolute().parent)
+    if why:
+        raise ValueError(f"--output {path}: {why}: name another place")
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write what a user asked for where they said: into a FIFO or a device, through a link, else atomically."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            file.write(data)
+    else:
+        write_atomically(path, data)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -79,7 +114,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def lock(handle: int, busy: str) -> None:
-    """Lock an open folder for this process alone until it is closed; `ValueError` (`busy`) when another has it."""
+    """Lock an open file or folder for this process until it is closed; `ValueError` (`busy`) when another has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -87,6 +122,38 @@ def lock(handle: int, busy: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
             raise
+
+
+def take(path: Path) -> str | None:
+    """Lock a file, made where there is none, for this process as long as it lives; None, or who else holds it.
+
+    What is in it says who: `process N on HOST`. NFS has such locks; where a file system has none, nobody is kept out.
+    """
+    if path.absolute() in _TAKEN:
+        return None
+    file = open(path, "a+", encoding="utf-8")  # open as long as the process lives
+    try:
+        lock(file.fileno(), "busy")
+    except ValueError:
+        file.seek(0)
+        return file.read().strip() or "another process"
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _TAKEN[path.absolute()] = file
+    return None
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lock of a file (`take`): None where nobody does."""
+    if path.absolute() in _TAKEN or not path.exists():
+        return None
+    with open(path, "r+", encoding="utf-8") as file:
+        try:
+            lock(file.fileno(), "busy")
+        except ValueError:
+            return file.read().strip() or "another process"
+    return None
 
 
 def check_room(folder: Path, size: int, what: str) -> None:

@@ -13,8 +13,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import dist, entry, tuning
+from pretrain import dist, entry, run_folder, tuning
 from pretrain.checkpoint.load import run_of
+from pretrain.cli import among
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig, accumulation_steps, with_steps
 from pretrain.engine.settings import check_extra
@@ -35,6 +36,9 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Read and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
     accumulation_steps(cfg.train, ranks.world_size)
     check_extra(cfg.deepspeed)
+    if cfg.task.name == "embedding" and cfg.train.global_batch_size < 2:
+        raise ValueError("train.global_batch_size=1 leaves a pair alone, and it is told apart from the others of its "
+                         "batch: take 2 or more")  # fmt: skip
     if not cfg.data.sources:
         raise ValueError("data.train has no value: give a file of examples")
     tokenizer = open_tokenizer(cfg)
@@ -43,6 +47,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     others = (tokenizer, base, cfg.train.seq_len, cfg.data.packing, cfg.seed, table, cfg.objective)
     task = with_known_labels(cfg, make_task(cfg.task, *others), others, ranks)
     cfg = replace(cfg, task=task.config)
+    task.check_room()
     examples = encode_and_tell(task, table, ranks.is_main)
     task.weigh(examples)
     stream = ExampleStream(examples, cfg.seed, cfg.train.global_batch_size, ranks.rank, ranks.world_size)
@@ -60,8 +65,8 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         validation=validation,
         flops_per_token=functools.partial(flops_per_token, model, frozen=tuning.frozen_layers(cfg.tuning, model)),
         identity=identity,
-        changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
-        find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,
+        changes=run_folder.check(cfg, identity) if ranks.is_main else (),
+        find_new=find_new, new_parameters=find_new() if run_folder.begins(cfg) else None,
         files=files, trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
         best_metric=best_metric(cfg, task, validation) if validation else None,
     )  # fmt: skip
@@ -98,7 +103,7 @@ def with_known_labels(cfg: Config, task: Task, others: tuple, ranks: dist.Ranks)
     if cfg.task.labels is not None or not task.labels or not set(task.labels) <= set(known := known_labels(cfg)):
         return task
     if ranks.is_main and (absent := [label for label in known if label not in task.labels]):
-        kept = f"the head keeps labels that data.train has not: {', '.join(absent)} (task.labels=[...] drops them)"
+        kept = f"the head keeps labels that data.train has not: {among('', absent)} (task.labels=[...] drops them)"
         print(kept, file=sys.stderr)
     return make_task(replace(cfg.task, labels=known), *others)
 

@@ -299,6 +299,14 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
     "nothing to keep": ("classification", ["init=null", "data.tokenizer=TOKENIZER", "model=modernbert_10m",
                                            "tuning=lora"], None, None, r"tuning=lora keeps .* init="),
     "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),
+    "one document": ("embedding", [], [{"query": q, "document": "same"} for q in "ab"], None,
+                     r"has one document .document. in all pairs"),
+    "a pair alone": ("embedding", ["train.global_batch_size=1", "train.micro_batch_size=1"], None, None,
+                     r"train.global_batch_size=1 leaves a pair alone"),
+    "no room for a token": ("classification", ["train.seq_len=2"], None, None,
+                            r"train.seq_len=2 has no room for 2 special tokens and 1 of text: take 3"),
+    "no room for a token of a pair": ("classification", ["train.seq_len=4", "task.text_pair=label"], None, None,
+                                      r"train.seq_len=4 has no room for 3 special tokens and 2 of text: take 5"),
     "too long": ("classification", ["train.seq_len=128"], None, None, r"train.seq_len=128 .* model.max_positions=64"),
 }  # fmt: skip
 

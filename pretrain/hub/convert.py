@@ -22,7 +22,7 @@ from pretrain.checkpoint.save import write_weights
 from pretrain.checkpoint.tensors import Spec, write_folder
 from pretrain.cli import how_to_install
 from pretrain.config.schema import ModelConfig
-from pretrain.files import IMPORTED, TASK, check_room, lock, sha256_of_file, sync_folder, write_synced
+from pretrain.files import IMPORTED, TASK, check_new_folder, check_room, lock, sha256_of_file, sync_folder, write_synced
 from pretrain.hardware import DTYPES
 from pretrain.hub import parity
 from pretrain.hub.card import model_card
@@ -97,7 +97,7 @@ def task_of_run(run: Path, config: ModelConfig) -> dict[str, Any]:
     """A run's task.json, empty where it has none."""
     if not (run / TASK).is_file():
         return {}
-    task = json.loads((run / TASK).read_text())
+    task = json.loads((run / TASK).read_text(encoding="utf-8"))
     if config.head in LABELLED and len(task["labels"]) != config.labels:
         raise ValueError(f"{run / TASK} names {len(task['labels'])} labels, the model has {config.labels} outputs: "
                          "they do not belong together")  # fmt: skip
@@ -226,6 +226,7 @@ def staged(output: Path) -> Iterator[Path]:
     output = output.absolute()
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists already: delete it, or choose another name")
+    check_new_folder(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.partial")
     staging.mkdir(exist_ok=True)

@@ -121,7 +121,10 @@ def label_names(hf: dict[str, Any]) -> list[str]:
         return [f"LABEL_{number}" for number in range(count)]
     if names.keys() != set(map(str, range(count))):
         raise ValueError(f"config.json: id2label={names!r} must name the labels 0 to {count - 1}")
-    return [str(names[str(number)]) for number in range(count)]
+    found = [str(names[str(number)]) for number in range(count)]
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise ValueError(f"config.json: id2label has the name {twice[0]!r} for several labels: give each its own")
+    return found
 
 
 def label_settings(names: Collection[str], multi_label: bool = False) -> dict[str, Any]:

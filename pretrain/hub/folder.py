@@ -111,7 +111,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}: give the folder of a Hugging Face model")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, kind):
             raise ValueError("not an object" if kind is dict else "not a list")
     except ValueError as error:

@@ -23,7 +23,7 @@ from torch import nn
 from pretrain.checkpoint.tensors import TensorFolder
 from pretrain.cli import child
 from pretrain.config.schema import ModelConfig
-from pretrain.hub.families import auto_class
+from pretrain.hub.families import auto_class, label_names
 from pretrain.model.heads import EmbeddingModel, build_model
 from pretrain.stream.order import hash_key
 from pretrain.tokenizer.tokenizer import TRICKY_TEXTS, Tokenizer
@@ -87,7 +87,7 @@ def prove(
     """
     scratch.mkdir()
     try:
-        hf = json.loads((folder / "config.json").read_text())
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         batches = make_batches(config, tokenizer, hf)
         prompts = make_prompts(config, tokenizer)
         request = {
@@ -101,6 +101,9 @@ def prove(
         answer = ask(folder, request, scratch)
         check_loading(answer, allowed_unused)
         check_texts(answer, tokenizer)
+        if config.labels and answer["labels"] != label_names(hf):
+            raise ValueError(f"the names of labels part: transformers has {answer['labels'][:9]} and this program "
+                             f"{label_names(hf)[:9]}")  # fmt: skip
         model = streamed(config, read)
         worst = [check_batch(model, batch, tokenizer, scratch, number) for number, batch in enumerate(batches)]
         check_continuations(model, answer, prompts, tokenizer)
@@ -186,7 +189,7 @@ def inputs_of(rows: list[Row], padded: bool, segmented: bool, pad: int = 0) -> d
 def ask(folder: Path, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """What transformers makes of the folder, in a process that ends with this one's interruption."""
     request = {"folder": str(folder.resolve()), "output": str(scratch.resolve()), **request}
-    (scratch / "request.json").write_text(json.dumps(request))
+    (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
     package = str(Path(__file__).resolve().parent.parent.parent)
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -196,12 +199,12 @@ def ask(folder: Path, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "pretrain.hub.reference", str((scratch / "request.json").resolve())]
     with child(
         command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     ) as process:  # fmt: skip
         said, _ = process.communicate()
     if process.returncode:
         raise ValueError(f"transformers cannot use {folder}: {' | '.join(said.strip().splitlines()[-3:])}")
-    return json.loads((scratch / "answer.json").read_text())
+    return json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
 
 
 def check_loading(answer: dict[str, Any], allowed_unused: Collection[str]) -> None:

@@ -4,8 +4,8 @@
 
 The request (a JSON object) names the `folder`, the `dtype` of its files, the `auto_class` and its `arguments`, the
 folder `output`, batches of token ids, texts and prompts; computed is in fp32. Answered are answer.json (how the weights
-loaded, the ids and the decoded text of each text, what continues each prompt) and BATCH.NAME.npy for each tensor that
-the model gives for a batch.
+loaded, the names of the labels, the ids and the decoded text of each text, what continues each prompt) and
+BATCH.NAME.npy for each tensor that the model gives for a batch.
 """
 
 import json
@@ -22,7 +22,7 @@ OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "sentence_embedding")
 def main() -> None:
     import transformers
 
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     output = Path(request["output"])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -35,6 +35,7 @@ def main() -> None:
     )  # fmt: skip
     compute_in_fp32(model)
     answer["class"] = type(model).__name__
+    answer["labels"] = [model.config.id2label[number] for number in range(model.config.num_labels)]
     answer["loading"] = {kind: sorted(map(str, found)) for kind, found in loading.items()}
     model.eval()
     with torch.inference_mode():
@@ -56,12 +57,12 @@ def main() -> None:
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in answer["continuations"]
     ]
-    (output / "answer.json").write_text(json.dumps(answer))
+    (output / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
 def embedding(folder: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What sentence-transformers makes of hidden states, by the folder's 1_Pooling/config.json and its Normalize."""
-    settings = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
+    settings = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     mode = settings.get("pooling_mode") or next(key for key, value in settings.items() if "mode" in key and value)
     if "mean" in mode:
         pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretrain.cli import among
 from pretrain.config.schema import TaskConfig
 from pretrain.evaluation import metrics
 from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_examples
-from pretrain.examples.tables import Column, Table
+from pretrain.examples.tables import Column, Table, is_nan
 from pretrain.model.losses import label_rows, multi_label_rows
 from pretrain.stream.objectives import IGNORE
-from pretrain.tasks.task import HeadTask, Inputs, read_rows, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, read_rows, tell_alike, whole_text
 
 
 class Classification(HeadTask):
@@ -37,6 +38,7 @@ class Classification(HeadTask):
         found = {label for _, labels in read for label in labels}
         if len(found) < 2:
             raise ValueError(f"{table.location} has only the label {', '.join(found)}: there is nothing to tell apart")
+        tell_alike(found, table.location)
         return replace(config, labels=sorted(found))
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
@@ -45,7 +47,7 @@ class Classification(HeadTask):
         def read_known(row: int) -> tuple[list[str], list[str]]:
             texts, names = read(row)
             if unknown := [name for name in names if name not in self.numbers]:
-                raise ValueError(f"the label {unknown[0]!r} is none of {', '.join(self.labels)}")
+                raise ValueError(f"the label {unknown[0]!r} is none of {among(unknown[0], self.labels)}")
             return texts, names
 
         rows, found, dropped = read_rows(table, read_known, self.config.drop_bad, with_gold)
@@ -139,6 +141,7 @@ def _names_in(column: Column, row: int, multi_label: bool) -> list[str]:
     wanted = "a list of labels" if multi_label else "one label (task.multi_label=true is for lists)"
     listed = value if isinstance(value, list) else [value]
     is_right = multi_label == isinstance(value, list) and all(isinstance(label, str | int | float) for label in listed)
+    is_right = is_right and not any(is_nan(label) for label in listed)
     if not is_right or not all(str(label).strip() for label in listed):
         raise ValueError(f"{column.name}={value!r} must be {wanted}, each a text, a number or a boolean")
     return [str(label) for label in listed]

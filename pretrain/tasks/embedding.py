@@ -72,6 +72,12 @@ class Embedding(Task):
         facts = {"scores": np.array([score for _, score in found])} if is_scored else {}
         return make_examples(columns | {"texts": Ragged(same, np.int64)}, rows, facts, dropped)
 
+    def weigh(self, examples: Examples) -> None:
+        """`ValueError` where all pairs have one document."""
+        if len(np.unique(examples.columns["texts"].values.reshape(-1, 2)[:, 1])) < 2:
+            raise ValueError(f"data.train has one document ({self.config.document}) in all pairs: there is nothing to "
+                             "tell apart")  # fmt: skip
+
     def best_on(self, examples: Examples) -> str:
         return "val_spearman" if "scores" in examples.facts else self.best
 

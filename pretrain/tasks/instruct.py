@@ -25,7 +25,7 @@ from pretrain.stream.packing import PADDING, best_fit_decreasing, targets
 from pretrain.stream.stream import Rows
 from pretrain.tasks.language_model import LanguageModel
 from pretrain.tasks.task import Write, read_rows
-from pretrain.tokenizer.chat import ChatFormat, Message, check_messages
+from pretrain.tokenizer.chat import ChatFormat, Message, checked_messages
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 Judge = Callable[[list[str], list[str]], metrics.Figures]
@@ -130,9 +130,7 @@ class Instruct(LanguageModel):
         turns = None if is_talk else self._turns(table, with_gold)
 
         def read(row: int) -> list[Message]:
-            messages = talks.value(row) if is_talk else turns(row)
-            check_messages(messages, "the conversation")
-            return messages
+            return checked_messages(talks.value(row) if is_talk else turns(row), "the conversation")
 
         return read, is_talk or not self.chat.is_default
 

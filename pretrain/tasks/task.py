@@ -5,7 +5,7 @@ Shapes: B batch, T time, C labels.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +45,15 @@ class Task(ABC):
         self.config, self.tokenizer, self.model, self.seq_len = config, tokenizer, model, seq_len
         self.packing, self.seed, self.objective = packing, seed, objective
         self.labels: list[str] = config.labels or []
+
+    def check_room(self) -> None:
+        """`ValueError` where a row has no room for its special tokens and a token of each text."""
+        special, texts = len(self.tokenizer.prefix) + len(ending(self.tokenizer, self.model)), 1
+        if self.config.name == "classification" and self.config.text_pair:
+            special, texts = special + len(self.tokenizer.between), 2
+        if self.seq_len < special + texts:
+            raise ValueError(f"train.seq_len={self.seq_len} has no room for {special} special tokens and {texts} of "
+                             f"text: take {special + texts} or more")  # fmt: skip
 
     @staticmethod
     def settled(config: TaskConfig, table: Table) -> TaskConfig:
@@ -174,6 +183,18 @@ def encode_and_tell(task: Task, table: Table, tell: bool = True) -> Examples:
         print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
               f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
     return examples
+
+
+def tell_alike(names: Iterable[str], location: str) -> None:
+    """Say which labels differ by spaces or case only: two classes, where mostly one is meant."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names):
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    found = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if found and dist.from_environment().is_main:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        print(f"note: {location}: the labels {'; '.join(found[:3])}{more} differ by spaces or case only, and are "
+              "classes of their own", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def ending(tokenizer: Tokenizer, model: ModelConfig) -> list[int]:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pretrain.cli import among
 from pretrain.config.schema import TaskConfig
 from pretrain.evaluation import metrics
 from pretrain.examples.stream import Examples, Ragged, make_examples
 from pretrain.examples.tables import Column, Table
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.stream.objectives import IGNORE
-from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, tell_alike, whole_text
 
 OUTSIDE = "O"
 _TAG = re.compile(r"O|[BI]-.+")
@@ -44,6 +45,7 @@ class TokenClassification(HeadTask):
         found = {tag for _, tags in read for tag in tags} - {OUTSIDE}
         if not found:
             raise ValueError(f"{table.location} has only the tag {OUTSIDE}: there is nothing to find")
+        tell_alike(found, table.location)
         return replace(config, labels=[OUTSIDE, *sorted(found)])
 
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
@@ -52,7 +54,7 @@ class TokenClassification(HeadTask):
         def encoded(row: int) -> tuple[list[int], np.ndarray, np.ndarray]:
             words, tags = read(row)
             if unknown := [tag for tag in tags if tag not in self.numbers]:
-                raise ValueError(f"the tag {unknown[0]!r} is none of {', '.join(self.labels)}")
+                raise ValueError(f"the tag {unknown[0]!r} is none of {among(unknown[0], self.labels)}")
             ids, places = self._encoded(words)
             labels = np.full(len(ids), IGNORE)
             for tag, place in zip(tags, places, strict=with_gold):

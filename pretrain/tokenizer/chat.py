@@ -2,11 +2,12 @@
 
 Text stays text: only what the template itself writes becomes special ids, whatever the messages hold. A template comes
 with a tokenizer from anywhere, so it runs in Jinja's sandbox. It is told no date: the same messages are the same ids on
-any day (a template that would write today's date takes the fixed one that it has for this case).
+any day (a template that would write today's date takes the fixed one that it has for this case, or else `TODAY`).
 """
 
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -28,6 +29,7 @@ DEFAULT_TEMPLATE = (
 )
 _OPEN, _CLOSE = "\ue000\ue0c7", "\ue0c7\ue001"  # around the number of a message, where its content is to stand
 _HIDDEN = "\0"  # stands for the characters of contents where special tokens are looked for
+TODAY = datetime(2024, 7, 26)  # what `strftime_now` says; the date that Llama's templates have for this case
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Span = tuple[int, int]  # characters [start, end) of a rendered conversation
 
@@ -61,7 +63,7 @@ class ChatFormat:
         `add_generation_prompt`: up to where the assistant's next answer begins. `place` is for messages.
         Raises `ValueError` for messages that the template does not take, or changes by more than spaces around them.
         """
-        check_messages(messages, place)
+        messages = checked_messages(messages, place)
         text, contents = self._rendered(messages, add_generation_prompt, place)
         hidden = list(text)
         for start, end, _ in contents:  # spaces stay: some tokens take in those around them
@@ -141,6 +143,8 @@ class ChatFormat:
         options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, loopcontrols]}
         environment = ImmutableSandboxedEnvironment(**options)
         environment.globals["raise_exception"] = _refuse
+        if not re.search(r"strftime_now\s+is\s+(not\s+)?defined", self.template):
+            environment.globals["strftime_now"] = TODAY.strftime
         try:
             return environment.from_string(self.template)
         except jinja2.TemplateError as error:
@@ -169,20 +173,29 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def check_messages(messages: Any, place: str) -> None:
-    """`ValueError` for what is no list of messages, each with a role and a content."""
+def checked_messages(messages: Any, place: str) -> list[Message]:
+    """The messages, without keys that are null; `ValueError` for what is no list of them, each with a role and a
+    content.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{place} has no messages: give a list of {{'role': ..., 'content': ...}}")
+    found = []
     for number, message in enumerate(messages, 1):
         problem = None
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            problem = "it must have a role and a content, and nothing else"
+        if isinstance(message, dict):
+            message = {key: value for key, value in message.items() if value is not None or key == "content"}
+            found.append(message)
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            problem = "it must have a role and a content"
+        elif others := sorted(set(message) - {"role", "content"}):
+            problem = f"the key {others[0]!r} is not read: leave it out, or write what it says into the content"
         elif message["role"] not in ROLES:
             problem = f"the role is {message['role']!r}, not one of {', '.join(ROLES)}"
         elif not isinstance(message["content"], str) or not message["content"].strip():
             problem = "the content is empty, or no text; leave the message out"
         if problem:
             raise ValueError(f"{place}, message {number}: {problem}")
+    return found
 
 
 def _pattern(special: Iterable[SpecialToken]) -> re.Pattern:

@@ -485,6 +485,8 @@ def test_settings_that_change_the_function_are_refused_or_ignored_on_demand(sett
      "architectures=BertForMultipleChoice is not supported .*: BertForMaskedLM, BertForSequenceClassification, "),
     ({"model_type": "bert", "architectures": ["BertForTokenClassification"], "id2label": {"0": "a", "2": "b"}},
      "id2label=.*must name the labels 0 to 1"),
+    ({"model_type": "bert", "architectures": ["BertForTokenClassification"], "id2label": {"0": "a", "1": "a"}},
+     "id2label has the name 'a' for several labels"),
     ({"model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}, "architectures=GPT2DoubleHeadsModel is not"),
     ({"model_type": "roberta", "architectures": ["RobertaForCausalLM"]}, "architectures=RobertaForCausalLM is not"),
     ({"model_type": "llama", "hidden_size": "64"}, "hidden_size='64' must be a"),

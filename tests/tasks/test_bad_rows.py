@@ -166,5 +166,6 @@ def test_every_row_is_to_be_predicted(words, tmp_path):
 @pytest.mark.parametrize("rank, shows", [("0", True), ("1", False)])
 def test_one_rank_alone_shows_how_far_it_is(tmp_path, monkeypatch, capfd, rank, shows):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     read_rows(table_of(tmp_path, {}, {}), lambda row: time.sleep(1.2 * (1 - row)), drop_bad=False)
     assert ("reading examples" in capfd.readouterr().err) is shows

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.examples.tables import read_table
 from tests.task_helpers import batch_of, byte_level, judged, make, new_model, table_of, taught, word_pieces
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -92,6 +93,21 @@ def test_a_model_without_segments_or_that_looks_back_reads_pairs_too(words, fold
 # One label
 
 
+def test_labels_that_are_nearly_one_are_said_and_nan_is_none(words, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    make("classification", words, table=table_of(tmp_path, *rows_of(["pos", "pos ", "neg", "Neg"])))
+    said = "the labels 'Neg' and 'neg'; 'pos' and 'pos ' differ by spaces or case only, and are classes of their own"
+    assert said in capsys.readouterr().err
+    columns = {"text": ["a", "b", "c"], "label": [1.0, float("nan"), 2.0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    table = read_table(str(tmp_path / "rows.parquet"), "data.train")
+    with pytest.raises(ValueError, match=r"rows.parquet, row 2: column 'label' \(task.label\) is NaN"):
+        make("classification", words, table=table)
+    assert make("classification", words, "task.drop_bad=true", table=table).labels == ["1.0", "2.0"]
+
+
 def test_labels_are_those_of_the_table_sorted_also_numbers(words, tmp_path):
     table = table_of(tmp_path, *rows_of([10, 9, True, 0.5, "b", 9]))
     task = make("classification", words, *ENCODER, table=table)
@@ -101,6 +117,11 @@ def test_labels_are_those_of_the_table_sorted_also_numbers(words, tmp_path):
     given = make("classification", words, "task.labels=[b,'10','9','True','0.5',never]", table=table)
     assert given.labels == ["b", "10", "9", "True", "0.5", "never"]
     assert batch_of(given, given.encode(table))["labels"].tolist() == [1, 2, 3, 4, 0, 2]
+    many = make("classification", words, f"task.labels=[{','.join(f'label_{i}' for i in range(3000))}]")
+    with pytest.raises(ValueError) as refused:
+        many.encode(table_of(tmp_path, *rows_of(["label_17", "lable_17"]), name="many.jsonl"))
+    assert "the label 'lable_17' is none of 3,000 (the nearest are 'label_17'" in str(refused.value)
+    assert len(str(refused.value)) < 400
     alone = table_of(tmp_path, *rows_of([3, 3]), name="alone.jsonl")
     with pytest.raises(ValueError, match="alone.jsonl has only the label 3: there is nothing to tell apart"):
         make("classification", words, table=alone)

@@ -264,7 +264,6 @@ BAD_TEMPLATES = {
     "{{ messages[0]['content'] + 1 }}": "does not take it",
     "{{ ''.__class__.__mro__ }}": "does not take it: access to attribute '__class__' of 'str' object is unsafe",
     "{{ messages.append('x') }}": "does not take it: access to attribute 'append' of 'list' object is unsafe",
-    "{{ strftime_now('%Y') }}": "does not take it: 'strftime_now' is undefined",
 }
 
 
@@ -308,3 +307,13 @@ def test_the_date_changes_no_ids(folder_of):
     tokenizer = load_tokenizer(folder_of("bytes", template, *HEADERS))
     assert tokenizer.decode(ChatFormat(tokenizer).encode(TALK)[0]).startswith("Today Date: 26 Jul 2024\n")
     assert json.loads(tokenizer.file_bytes)["config"]["chat_template"] == template
+    tokenizer = load_tokenizer(folder_of("bytes", "{{ strftime_now('%d %B') }}\n" + CHATML, *HEADERS))
+    assert tokenizer.decode(ChatFormat(tokenizer).encode(TALK)[0]).startswith("26 July\n")
+
+
+def test_keys_that_are_null_are_not_there_and_others_are_named(folder_of):
+    chat = ChatFormat(load_tokenizer(folder_of("bytes", CHATML, *HEADERS)))
+    nulls = [{**message, "name": None, "tool_calls": None} for message in TALK]
+    assert chat.encode(nulls) == chat.encode(TALK)
+    with pytest.raises(ValueError, match="message 1: the key 'name' is not read: leave it out"):
+        chat.encode([{**TALK[0], "name": "Ann"}, *TALK[1:]])
