@@ -115,5 +115,5 @@ prepare() {  # prepare OVERRIDES... : judge settings, configuration and data; on
     for signal in TERM INT HUP USR1; do
         trap "forward $signal" "$signal"
     done
-    supervise env WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "$MODULE" --check "$@" || exit
+    supervise env WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "$MODULE" --check "$@" >/dev/null || exit
 }

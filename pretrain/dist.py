@@ -7,6 +7,7 @@ MASTER_PORT; without them the process is a world of its own.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import torch
 import torch.distributed as torch_dist
 
 TIMEOUT = timedelta(minutes=30)
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers set, and a process alone has
+UNSET = ("start the run with a launcher (launch/torchrun.sh, launch/slurm.sbatch), which sets all of them, or alone, "
+         "after `unset RANK WORLD_SIZE LOCAL_RANK`")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,23 @@ class Ranks:
 ALONE = Ranks(0, 1, 0)
 
 
-def from_environment() -> Ranks:
-    """Ranks as the launcher's environment variables say; one process alone without them."""
-    return Ranks(*(int(os.environ.get(key, default)) for key, default in
-                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+def from_environment(is_launched: bool = False) -> Ranks:
+    """Ranks as the launcher's environment variables say; one process alone without them.
+
+    `ValueError` for values that no launcher sets; `is_launched`: also for what one has left behind.
+    """
+    found = {key: os.environ.get(key, default) for key, default in LAUNCHED.items()}
+    for key, value in found.items():
+        if not re.fullmatch("[0-9]+", value):
+            raise ValueError(f"{key}={value} in the environment is no whole number: {UNSET}")
+    rank, world_size, local_rank = map(int, found.values())
+    if rank >= max(world_size, 1) or not world_size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment do not fit: {UNSET}")
+    if is_launched and (missing := [key for key in (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]):
+        if left := [key for key in LAUNCHED if key in os.environ]:
+            said = ", ".join(f"{key}={os.environ[key]}" for key in left)
+            raise ValueError(f"{said} in the environment, without {', '.join(missing)}: {UNSET}")
+    return Ranks(rank, world_size, local_rank)
 
 
 def device_of(ranks: Ranks = ALONE) -> torch.device:
@@ -49,7 +66,10 @@ def device_of(ranks: Ranks = ALONE) -> torch.device:
 
 
 def start(ranks: Ranks) -> torch.device:
-    """Join the process group (gloo for CPU tensors, NCCL for CUDA ones) and return this rank's device."""
+    """Join the process group (gloo for CPU tensors, NCCL for CUDA ones) and return this rank's device.
+
+    `ValueError` when another process has the port of the group.
+    """
     alone = {}
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -58,7 +78,14 @@ def start(ranks: Ranks) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    try:
+        torch_dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    except torch_dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(f"MASTER_PORT={port} is in use on this host, perhaps by another run: choose another, as "
+                         f"MASTER_PORT={int(port) + 1}") from None  # fmt: skip
     return device
 
 
@@ -110,6 +137,6 @@ def finish(code: int) -> None:
     """Leave at once with this exit code: gloo's teardown now and then aborts a process whose work is done."""
     if torch_dist.is_initialized() and code == 0:
         barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "drain", stream.flush)()
     os._exit(code)

@@ -4,22 +4,24 @@
 """
 
 import json
+import math
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pretrain import dist, hardware, loop
+from pretrain import console, dist, hardware, loop, run_folder
 from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, load_model, read_header
 from pretrain.checkpoint.manifest import committed, step_folder
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.config import compose
-from pretrain.config.schema import Config, ModelConfig, accumulation_steps, differences, to_yaml
+from pretrain.config.schema import Config, ModelConfig, accumulation_steps, to_yaml
 from pretrain.engine.engine import Engine, LossRows
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
@@ -64,22 +66,36 @@ MakePlan = Callable[[Config, dist.Ranks], Plan]
 
 def main(config_name: str, make_plan: MakePlan) -> None:
     """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
-    ranks = dist.from_environment()
+    console.outlive("stdout", "stderr", unhurried=True)
     check_only = "--check" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--check"]
-    plan, mistake = None, None
+    try:
+        ranks, plan, mistake = dist.from_environment(is_launched=not check_only), None, None
+    except ValueError as error:
+        refuse([str(error)], dist.ALONE)
     try:
         cfg = compose.from_command_line(config_name, model_of)
         if cfg is None:
             return
         plan = make_plan(cfg, ranks)
+        check_sample(plan)
     except (ValueError, OSError) as error:
         mistake = str(error)
     if check_only:
-        refuse([mistake] if mistake else [], ranks)
+        refuse([mistake], ranks)
+        print(
+            f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong",
+            *notes(plan),
+            *plan.changes,
+            sep="\nnote: ",
+        )
         return
-    device = dist.start(ranks)
-    refuse([text for text in dist.all_gather_objects(mistake) if text], ranks)
+    try:
+        device = dist.start(ranks)
+    except ValueError as error:
+        refuse([mistake or str(error)], ranks)
+    refuse(dist.all_gather_objects(mistake), ranks)
+    refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     try:
         run(plan, ranks, device)
     except FloatingPointError as error:  # on all ranks
@@ -100,17 +116,21 @@ def model_of(init: str) -> dict:
     return asdict(convert.open_model(Path(init)).config)
 
 
-def refuse(mistakes: list[str], ranks: dist.Ranks) -> None:
+def refuse(mistakes: list[str | None], ranks: dist.Ranks) -> None:
     """End all ranks with one message when any of them found a mistake."""
-    if mistakes:
+    if any(mistakes):
         if ranks.is_main:
-            print(f"error: {mistakes[0]}", file=sys.stderr)
+            print(f"error: {next(filter(None, mistakes))}", file=sys.stderr)
         dist.finish(2)
 
 
-def begins(cfg: Config) -> bool:
-    """Whether the run has no checkpoint to go on from."""
-    return not committed(cfg.run.folder / "checkpoints")
+def held_elsewhere(plan: Plan) -> str | None:
+    """Take the run's folder for this process; why that cannot be, or None."""
+    try:
+        run_folder.hold(plan.config.run.folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) -> tuple[str, ...]:
@@ -130,28 +150,6 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     return tuple(new)
 
 
-def check_run_folder(cfg: Config, identity: dict) -> tuple[str, ...]:
-    """Refuse a folder that holds another run; else the settings that changed and that the run can go on with."""
-    folder = cfg.run.folder
-    if not folder.exists() or not any(folder.iterdir()):
-        return ()
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} exists and is not a run: choose another run.name")
-    if cfg.resume == "never":
-        raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
-    safe, unsafe = differences(compose.read(folder / "config.yaml"), cfg)
-    data_file = folder / "data.json"
-    before = json.loads(data_file.read_text()) if data_file.is_file() else identity  # it ended before its first step
-    changed = [key for key, value in identity.items() if before.get(key) != value]
-    if "val" in changed:
-        unsafe += [setting for setting in safe if setting.startswith(("data.val", "train.eval_samples"))]
-    unsafe += [f"data ({key}): {str(before.get(key))[:12]} -> {identity[key][:12]}" for key in changed]
-    if unsafe:
-        changes = "; ".join(unsafe)
-        raise ValueError(f"{folder} holds a run of another config ({changes}): choose another run.name")
-    return tuple(safe)
-
-
 def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     """A checked run on this rank, from its last checkpoint or its first step to the last."""
     cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard)
@@ -159,6 +157,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
               "measuring the peak and building the model", flush=True)  # fmt: skip
+        for note in notes(plan):
+            print(f"note: {note}", flush=True)
         if plan.changes:
             print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
         write_run_folder(plan)
@@ -187,11 +187,39 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     step = loop.train_loop(cfg, trainer, data, model, checkpoints, guard, log, ranks, start_step)
     if ranks.is_main:
         if start_step < step == cfg.train.steps:
-            write_sample(plan, step)
+            attempt(lambda: write_sample(plan, step), "the sample text", log)
         if best and best.step is not None:
             log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
-        log.event("end", step=step, of=cfg.train.steps, report=str(page.write_report(folder)))
+        report = attempt(lambda: str(page.write_report(folder)), "the report", log)
+        log.event("end", step=step, of=cfg.train.steps, report=report)
         log.close()
+
+
+def attempt(action: Callable[[], Any], what: str, log: Log) -> Any:
+    """What `action` gives; None where it fails: the run is trained and saved, and nothing after that undoes it."""
+    try:
+        return action()
+    except Exception as error:
+        log.event("not_written", what=what, error=f"{type(error).__name__}: {error}")
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is allowed and seldom meant."""
+    cfg, found = plan.config, []
+    if cfg.schedule.warmup_steps > cfg.train.steps:
+        found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
+                     "the learning rate never reaches optim.lr")  # fmt: skip
+    if cfg.data.val in cfg.data.sources:
+        found.append(f"data.val={cfg.data.val} is trained on too: its figures are not of held-out text")
+    return found
+
+
+def what_would_run(plan: Plan) -> str:
+    """One line for --check."""
+    cfg, size = plan.config, sum(map(math.prod, parameter_shapes(plan.model).values()))
+    found = committed(cfg.run.folder / "checkpoints")
+    start = f"goes on from {found[0].name}" if found else "begins"
+    return f"{start}, {size:,} parameters, to step {cfg.train.steps:,} of {cfg.train.global_batch_size} samples"
 
 
 def tell_contents(plan: Plan, log: Log, is_new: bool) -> None:
@@ -210,7 +238,7 @@ def best_so_far(plan: Plan, ranks: dist.Ranks) -> Best | None:
         return None
     rows: list[dict] = []
     if ranks.is_main:
-        with open(plan.config.run.folder / "metrics.jsonl") as journal:
+        with open(plan.config.run.folder / "metrics.jsonl", encoding="utf-8") as journal:
             rows = [row for row in map(json.loads, journal) if plan.best_metric in row]
     patience, folder = plan.config.tuning.early_stopping, plan.config.run.folder if ranks.is_main else None
     return Best(plan.best_metric, patience, dist.all_gather_objects(rows)[0], folder)
@@ -266,13 +294,26 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
     return 0
 
 
+def writes_sample(plan: Plan) -> bool:
+    return plan.config.log.sample_tokens > 0 and plan.model.causal and plan.model.head == "lm"
+
+
+def check_sample(plan: Plan) -> None:
+    """`ValueError` for a prompt that the model will not be able to continue, at the end."""
+    if writes_sample(plan):
+        ids = generate.prompt_ids(plan.tokenizer, plan.config.log.sample_prompt)
+        if len(ids) >= plan.model.max_positions:
+            raise ValueError(f"log.sample_prompt has {len(ids)} tokens, and the model {plan.model.max_positions} "
+                             "positions: shorten it, or write no sample with log.sample_tokens=0")  # fmt: skip
+
+
 def write_sample(plan: Plan, step: int) -> None:
     """Add a continuation of `log.sample_prompt`, from the checkpoint just saved, to the run's samples."""
     settings, folder = plan.config.log, plan.config.run.folder
-    if settings.sample_tokens == 0 or not plan.model.causal or plan.model.head != "lm":
+    if not writes_sample(plan):
         return
     model = load_model(step_folder(folder / "checkpoints", step))
     text = "".join(generate.continue_text(model, plan.tokenizer, settings.sample_prompt, settings.sample_tokens))
-    with open(folder / "samples.jsonl", "a") as file:
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
         sample = {"step": step, "prompt": settings.sample_prompt, "text": text, "time": time.time()}
         file.write(json.dumps(sample) + "\n")

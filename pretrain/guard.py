@@ -1,6 +1,9 @@
-"""What ends a run early: a loss that is not finite, and the signals that clusters send before they take a node away."""
+"""What ends a run early: a loss that is not finite, the signals that clusters send before they take a node away, and a
+launcher that is gone.
+"""
 
 import math
+import os
 import signal
 
 import torch
@@ -9,23 +12,43 @@ from pretrain.cli import STOP_SIGNALS
 from pretrain.config.schema import GuardConfig
 from pretrain.dist import all_gather_tensor
 
+ORPHANED = 1000  # above all signals
+
+
+def launchers() -> set[int]:
+    """The processes, still alive, that started this rank: a launcher, and the script of `launch/` around that."""
+    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 or "LOCAL_WORLD_SIZE" in os.environ
+    found = {os.getppid()} if is_launched else set()
+    if script := os.environ.get("PRETRAIN_LAUNCH"):
+        found |= {int(script.partition("-")[0])}
+    return {pid for pid in found if os.path.exists(f"/proc/{pid}")}
+
 
 class Guard:
-    """Watches one run. A stop signal on any rank becomes the same decision on all of them, between two steps."""
+    """Watches one run. A stop signal on any rank becomes the same decision on all of them, between two steps.
+
+    Without its launcher a rank would go on as an orphan, beside the run when that is started again. A process that has
+    none (`python -m`) goes on when its shell is gone, as under nohup or setsid; else SIGHUP comes.
+    """
 
     def __init__(self, config: GuardConfig):
         self.config = config
         self.received = 0
+        self.launchers = launchers()
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         self.received = number
 
     def agreed_stop(self) -> str | None:
-        """The name of a stop signal that some rank received, the same on every rank, or None. On all ranks."""
-        number = int(all_gather_tensor(torch.tensor([self.received])).max())
-        return signal.Signals(number).name if number else None
+        """Why the run is to stop, the same on every rank, or None: the name of a signal that a rank received, or its
+        launcher that is gone. On all ranks.
+        """
+        gone = ORPHANED if self.launchers - launchers() else 0
+        number = int(all_gather_tensor(torch.tensor([self.received or gone])).max())
+        return "the launcher is gone" if number == ORPHANED else signal.Signals(number).name if number else None
 
     def problem(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why the run must end before anything of this step is saved, the same on every rank; None to go on."""

@@ -101,7 +101,7 @@ def _git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # a venv may lie inside somebody else's repository
@@ -112,4 +112,4 @@ def _git_commit() -> str | None:
 
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
-    return path.read_text(errors="replace") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain import dist, entry
+from pretrain import dist, entry, run_folder
 from pretrain.checkpoint.load import run_of
 from pretrain.config import checks
 from pretrain.config.schema import Config, accumulation_steps, at_step, phases, with_steps
@@ -26,8 +26,7 @@ from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
-    for phase in phases(cfg.train):
-        accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size)
+    check_batches(cfg, ranks)
     check_extra(cfg.deepspeed)
     sources = opening.open_sources(cfg.data)
     tokenizer = opening.open_tokenizer(cfg.data, sources)
@@ -57,10 +56,21 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
             flops_per_token, model, predicted=cfg.objective.mask_rate if sparse else 1.0
         ),
         identity=identity,
-        changes=entry.check_run_folder(cfg, identity) if ranks.is_main else (),
-        find_new=find_new, new_parameters=find_new() if entry.begins(cfg) else None,
+        changes=run_folder.check(cfg, identity) if ranks.is_main else (),
+        find_new=find_new, new_parameters=find_new() if run_folder.begins(cfg) else None,
         files={},
     )  # fmt: skip
+
+
+def check_batches(cfg: Config, ranks: dist.Ranks) -> None:
+    """The batch of every phase must divide; `ValueError` says of which one."""
+    for number, phase in enumerate(phases(cfg.train), -1):
+        try:
+            accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size)
+        except ValueError as error:
+            if number < 0:
+                raise
+            raise ValueError(f"train.phases[{number}] (from step {phase.from_step}): {error}") from None
 
 
 def check_tokenizer(init: str, tokenizer: Tokenizer) -> None:

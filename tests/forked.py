@@ -290,9 +290,9 @@ def become(request: dict, rank: int, files: list[int], port: int) -> None:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
     sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
-    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
     searched = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [folder for folder in searched if folder and folder not in sys.path]
 

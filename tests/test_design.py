@@ -12,13 +12,14 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 # Who may import whom: a module only from floors below its own.
 FLOORS = (
+    {"console"},
     {"cli", "dist", "files", "hardware"},
     {"config", "tokenizer"},
     {"guard", "model", "optim", "report", "shards", "tuning"},
     {"stream"},
     {"engine", "examples", "inference"},
     {"checkpoint", "evaluation", "prepare"},
-    {"hub", "loop", "tasks"},
+    {"hub", "loop", "run_folder", "tasks"},
     {"entry", "predict"},
     {"finetune", "train"},
 )
@@ -31,7 +32,7 @@ INSIDE = {
         "chat": {"texts", "tokenizer"},
     },
     "config": {
-        "schema": set(), "checks": {"schema"}, "compose": {"checks", "schema"},
+        "schema": set(), "checks": {"schema"}, "overrides": {"schema"}, "compose": {"checks", "overrides", "schema"},
     },
     "shards": {
         "cache": set(), "fetch": set(), "npy": set(), "sidecar": set(), "tar": set(), "remote": {"cache", "fetch"},
@@ -68,9 +69,10 @@ INSIDE = {
         "harness": set(), "memorization": set(), "metrics": set(), "validation": set(), "suite": {"metrics"},
     },
     "prepare": {
-        "dedup": set(), "encode": set(), "pii": set(), "readers": set(), "workers": set(), "documents": {"readers"},
-        "filters": {"documents", "pii"}, "plan": {"documents", "filters"}, "duplicates": {"dedup", "plan"},
-        "staging": {"documents", "filters", "plan"},
+        "dedup": set(), "encode": set(), "finding": set(), "pii": set(), "readers": set(), "workers": set(),
+        "documents": {"finding", "readers"}, "filters": {"documents", "finding", "pii"},
+        "plan": {"documents", "filters", "finding"}, "duplicates": {"dedup", "plan"},
+        "staging": {"documents", "filters", "finding", "plan"},
         "parts": {"dedup", "documents", "duplicates", "encode", "filters", "plan"},
     },
     "hub": {
@@ -171,6 +173,20 @@ def test_every_module_says_its_purpose_and_every_tool_its_command(path):
     assert purpose
     if path.parent.name == "tools":
         assert purpose.startswith(f"python tools/{path.name}")
+
+
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_text_file_has_an_encoding(path):
+    """What the locale says is no reason to read or write other characters."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        said = {keyword.arg for keyword in call.keywords}
+        if name == "open" and isinstance(call.func, ast.Name):
+            mode = call.args[1].value if len(call.args) > 1 else "r"
+            assert "b" in mode or "encoding" in said, f"{path}, line {call.lineno}"
+        if name in ("read_text", "write_text"):
+            assert "encoding" in said, f"{path}, line {call.lineno}"
+        assert not said & {"text", "universal_newlines"}, f"{path}, line {call.lineno}: encoding= says which"
 
 
 @pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=lambda path: str(path.relative_to(ROOT)))

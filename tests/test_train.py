@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -110,7 +111,9 @@ def test_a_finished_run_says_so_and_is_left_alone(train, undisturbed):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_and_activation_checkpointing_train_and_resume_bitwise(train, undisturbed, stage):
     overrides = ("train.precision=bf16", "train.activation_checkpointing=true", f"deepspeed=zero{stage}")
-    train(2, f"run.name=bf16-{stage}", *overrides, "train.steps=8")
+    done = train(2, f"run.name=bf16-{stage}", *overrides, "train.steps=8")
+    said = done.stdout.splitlines()
+    assert not [line for line in said if line.startswith(("MA ", "CPU Virtual", "begin "))], "DeepSpeed is quiet"
     bf16, reference = journal(train.root / f"bf16-{stage}"), journal(undisturbed)[:8]
     assert [row["loss"] for row in bf16] == pytest.approx([row["loss"] for row in reference], rel=0.02)
     assert [row["batch_hash"] for row in bf16] == [row["batch_hash"] for row in reference]
@@ -146,6 +149,13 @@ MISTAKES = {
     "another config": (["run.name=undisturbed", "model.layers=3"], ["undisturbed", "model.layers: 2 -> 3", "run.name"]),
     "never resume": (["run.name=undisturbed", "resume=never"], ["undisturbed", "resume=auto"]),
     "vocabulary too small": (["model.vocab_size=100"], ["model.vocab_size=100", "512"]),
+    "a folder that is a file": (["run.root=/dev/null"], ["run.root=/dev/null", "is no folder"]),
+    "a folder on a disk that is read only": (["run.root=/proc/runs"], ["/proc"]),
+    "a prompt that is too long": ([f"log.sample_prompt={'word ' * 1100}"], ["log.sample_prompt", "1024 positions"]),
+    "a phase that does not divide": (
+        ["train.phases=[{from_step: 9, global_batch_size: 7}]"],
+        ["train.phases[0]", "global_batch_size=7", "6 or 8"],
+    ),
 }
 
 
@@ -190,9 +200,74 @@ def test_data_and_tokenizer_mistakes(train, tmp_path, environment):
 
 
 def test_check_and_cfg_and_help_train_nothing(train):
-    assert train(1, "run.name=checked", "--check").stderr == ""
+    checked = train(1, "run.name=checked", "schedule.warmup_steps=30", *LENGTH, "--check")
+    assert checked.stderr == "" and "begins, " in checked.stdout and "to step 24 of 8 samples" in checked.stdout
+    assert "note: schedule.warmup_steps=30 is more than train.steps=24" in checked.stdout
     assert train(1, "run.name=checked", "train.steps=0", "--check", check=False).returncode == 2
     shown = train(1, "run.name=checked", "--cfg", "job").stdout
     assert "global_batch_size: 8" in shown and "precision: fp32" in shown
     assert "torchrun --nproc-per-node 2 -m pretrain.train" in train(1, "--help").stdout
     assert not (train.root / "checked").exists()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(train, environment):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=held", "train.steps=100000")
+    first = subprocess.Popen(command(1, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = train.root / "held"
+    try:
+        wait_for_rows(folder, 3, first)
+        holder = f"process {forked.ranks_of(first.pid)[0]} on {socket.gethostname()}"
+        kept = {path: path.read_bytes() for path in folder.iterdir() if path.name in ("config.yaml", "events.jsonl")}
+        for ranks, more in ((1, ()), (2, ()), (1, ("--check",))):
+            second = subprocess.run(command(ranks, *where, *more), env=environment, capture_output=True, text=True)
+            assert second.stderr.count("\n") == 1 and second.returncode == (2 if ranks == 1 else 1), second.stderr
+            assert f"error: {folder} is being trained by {holder}: wait until it ends" in second.stderr
+        assert {path: path.read_bytes() for path in kept} == kept and first.poll() is None
+    finally:
+        first.terminate()
+        assert first.wait(600) == 0
+    assert train(1, "run.name=held", "train.steps=1", check=False).returncode == 0, "the lock went with its process"
+
+
+def test_ranks_stop_when_their_launcher_is_gone(train, environment):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=orphaned", "train.steps=100000")
+    launch = subprocess.Popen(command(2, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = train.root / "orphaned"
+    wait_for_rows(folder, 3, launch)
+    ranks = forked.ranks_of(launch.pid)
+    parent = Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(parent), signal.SIGKILL)
+    launch.wait(600)
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        time.sleep(0.05)
+    (stop,) = events(folder, "stopped")
+    assert stop["reason"] == "the launcher is gone" and (folder / f"checkpoints/step-{stop['step']:09d}").is_dir()
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(train, environment):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=unread", "log.console=true")
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command(1, *where, *LENGTH[:2]), env=environment, **both)
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.wait(600) == 0
+    assert len(journal(train.root / "unread")) == 24 and events(train.root / "unread", "end")
+
+
+def test_what_fails_after_training_takes_nothing_back(train):
+    (train.root / "pageless" / "report.html").mkdir(parents=True)
+    (train.root / "pageless" / "samples.jsonl").mkdir()
+    (train.root / "pageless" / "config.yaml").write_text((train.root / "undisturbed" / "config.yaml").read_text())
+    done = train(1, "run.name=pageless", "deepspeed=zero1", "train.steps=2", "train.eval_every=0")
+    failed = events(train.root / "pageless", "not_written")
+    assert [event["what"] for event in failed] == ["the sample text", "the report"], done.stdout
+    (end,) = events(train.root / "pageless", "end")
+    assert end["step"] == 2 and (train.root / "pageless" / "checkpoints" / "step-000000002").is_dir()
+
+
+def test_a_jump_of_the_learning_rate_is_said(train):
+    cosine = ("run.name=longer", "schedule=cosine", "schedule.warmup_steps=1", "train.eval_every=0", "optim.lr=1e-3")
+    train(1, *cosine, "train.steps=6")
+    said = train(1, *cosine, "train.steps=12", "--check").stdout
+    assert "the learning rate goes from 1.00e-04 at step 6 to 4.86e-04 at step 7 (schedule=wsd keeps it" in said
+    assert "learning rate" not in train(1, *cosine, "train.steps=6", "--check").stdout

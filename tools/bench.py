@@ -286,11 +286,11 @@ def bench_tokenize(dtype: torch.dtype, precision: str) -> None:
 def copy_stdlib(folder: Path, copies: int) -> list[str]:
     """The standard library's modules in folder/text, some times over, each as a JSONL file; a tokenizer; the texts."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
-    texts = [file.read_text(errors="replace") for file in files if "site-packages" not in file.parts]
+    texts = [file.read_text(errors="replace", encoding="utf-8") for file in files if "site-packages" not in file.parts]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "text").mkdir()
     for copy in range(copies):
-        (folder / "text" / f"{copy}.jsonl").write_text(lines)
+        (folder / "text" / f"{copy}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(train(texts[:200], 8192))
     return texts * copies
 
@@ -307,7 +307,7 @@ def run_apart(program: str) -> tuple[str, float]:
     """Run a program in a process of its own; what it printed, and the most memory it took, in MiB."""
     program += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=root)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, encoding="utf-8", cwd=root)
     *said, kib = done.stdout.splitlines()
     return "\n".join(said), int(kib) / 1024
 

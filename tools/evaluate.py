@@ -291,4 +291,4 @@ def show_table(title: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

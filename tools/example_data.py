@@ -225,7 +225,7 @@ MAKERS = {maker.__name__: maker for maker in
 def _run(*command: object, cwd: Path) -> str:
     if shutil.which(str(command[0])) is None:
         raise ValueError(f"{command[0]} is not here: this data set comes through it")
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"{' '.join(map(str, command[:3]))} ... failed; is there a network? {done.stderr[-1000:]}")
     return done.stdout
@@ -279,7 +279,7 @@ def _labelled(pairs: Iterator[tuple[str, str]]) -> Iterator[Example]:
 
 def _synsets(root: Path) -> Iterator[Synset]:
     for part in ("noun", "verb", "adj", "adv"):
-        for line in (root / "usr/share/wordnet" / f"data.{part}").read_text().splitlines():
+        for line in (root / "usr/share/wordnet" / f"data.{part}").read_text(encoding="utf-8").splitlines():
             if not line.startswith("  "):  # the licence
                 head, _, gloss = line.partition(" | ")
                 fields = re.sub(r"\(\w+\) ", " ", head).split(" ")
@@ -347,4 +347,4 @@ def _hash(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from pretrain import dist, hardware
 from pretrain.checkpoint.load import run_of
-from pretrain.cli import run_tool
+from pretrain.cli import check_text, run_tool
 from pretrain.examples.tables import read_table
-from pretrain.files import check_output, write_atomically
+from pretrain.files import check_output, write_output
 from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.tokenizer.chat import ChatFormat
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = continue_all(talk, prompts, args.batch_size)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if args.output:
-            write_atomically(args.output, lines.encode())
+            write_output(args.output, lines.encode())
         else:
             sys.stdout.write(lines)
     elif args.chat and not args.prompt:
@@ -89,7 +89,7 @@ def read_prompts(path: Path, column: str) -> list[str]:
     if path.suffix != ".txt":
         return read_table(str(path), "--input").texts(column, "--text-key")
     try:
-        prompts = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        prompts = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
     if prompts == [""]:
@@ -164,8 +164,12 @@ def converse(talk: Talk) -> None:
     for turn in itertools.count():
         try:
             message = input("> " if sys.stdin.isatty() else "").strip()
+            check_text(message, "the message")
         except EOFError:
             return
+        except ValueError as error:
+            print(f"({error})", file=sys.stderr)
+            continue
         if not message:
             continue
         answer, problem, kept = "", "no answer", []

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain.cli import run_tool
 from pretrain.examples.tables import Table, read_table
-from pretrain.files import check_output, write_atomically
+from pretrain.files import check_output, write_output
 from pretrain.predict import Predictor
 
 COLUMN = "prediction"
@@ -65,7 +65,7 @@ def write(predictor: Predictor, table: Table, args: argparse.Namespace) -> None:
         for row, said in zip(table.rows, told, strict=True)
     )
     if args.output:
-        write_atomically(args.output, lines.encode())
+        write_output(args.output, lines.encode())
         print(f"{len(table.rows):,} predictions in {args.output}")
     else:
         sys.stdout.write(lines)

@@ -71,9 +71,9 @@ def setting(command: list[str], key: str, default: str = "") -> str:
 def result_of(run: Path) -> dict[str, float]:
     """The figures of a run's best evaluation; none without data.val."""
     path = run / RESULT
-    figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {}
     return {name: value for name, value in figures.items() if value is not None}
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

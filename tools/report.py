@@ -57,4 +57,4 @@ def headline(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, tells=True)

@@ -87,7 +87,11 @@ def checkpoint_of(run_or_checkpoint: Path) -> Path:
     if not found:
         raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one")
     result = path / RESULT
-    best = step_folder(path / "checkpoints", json.loads(result.read_text())["step"]) if result.is_file() else None
+    best = (
+        step_folder(path / "checkpoints", json.loads(result.read_text(encoding="utf-8"))["step"])
+        if result.is_file()
+        else None
+    )
     return best if best in found else found[0]
 
 

@@ -43,7 +43,7 @@ def committed(checkpoints: Path) -> list[Path]:
 def read_manifest(checkpoint: Path) -> dict:
     """The manifest, its own hash checked."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("manifest_sha256")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error

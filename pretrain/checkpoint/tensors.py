@@ -107,7 +107,7 @@ def _files_of(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file() or not index.is_file():  # both: transformers takes the single file too
         return [folder / SINGLE]
     try:
-        listed = json.loads(index.read_text())["weight_map"]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(listed.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map: get the file again") from None

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import deepspeed
 import torch
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils.logging import logger as deepspeed_logger
 
 from pretrain import optim
@@ -33,6 +34,7 @@ class Engine:
         **micro_batches[number])` without gradients.
         """
         deepspeed_logger.setLevel("ERROR")
+        bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, and collects garbage, at every start
         # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=None, verbose=False)

@@ -50,7 +50,7 @@ def evaluate(
         request.write_text(json.dumps({
             "folder": str(Path(folder).resolve()), "dtype": dtype, "tasks": tasks, "limit": limit,
             "include_path": str(include_path.resolve()) if include_path else None, "output": str(output),
-        }))  # fmt: skip
+        }), encoding="utf-8")  # fmt: skip
         package = str(Path(__file__).resolve().parent.parent.parent)
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
@@ -60,21 +60,21 @@ def evaluate(
             process.wait()
         if process.returncode or not output.is_file():
             raise ValueError(f"the LM Evaluation Harness failed with exit code {process.returncode}: see above")
-        found = json.loads(output.read_text())
+        found = json.loads(output.read_text(encoding="utf-8"))
     if "error" in found:
         raise ValueError(found["error"])
     return found
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         found = run(request)
     except Exception as error:
         if not (reason := explained(error, request)):
             raise
         found = {"error": reason}
-    Path(request["output"]).write_text(json.dumps(found))
+    Path(request["output"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def run(request: dict[str, Any]) -> dict[str, dict[str, Any]]:

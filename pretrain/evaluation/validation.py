@@ -98,7 +98,7 @@ class Best:
     def _forget_what_was_undone(self) -> None:
         """A run that goes back to a checkpoint before its best evaluation has another best one, or none."""
         path = self._folder / RESULT
-        if not path.is_file() or json.loads(path.read_text())["step"] == self.step:
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["step"] == self.step:
             return
         for stale in (path, self._folder / PREDICTIONS):
             stale.unlink(missing_ok=True)

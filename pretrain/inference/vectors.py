@@ -41,7 +41,7 @@ class Index:
             raise ValueError(f"{folder} is no index of tools/search.py: make one with --texts")
         faiss = library()
         try:
-            self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+            self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             self._lines = (folder / PASSAGES).read_bytes().splitlines()
             self._index = faiss.read_index(str(folder / VECTORS))
         except (OSError, ValueError, RuntimeError) as error:

@@ -230,7 +230,7 @@ class _WandbRun:
     def _load_state(self) -> tuple[str, int]:
         fresh = {"id": uuid.uuid4().hex[:12], "sent_step": 0}
         try:
-            state = json.loads(self._state.read_text())
+            state = json.loads(self._state.read_text(encoding="utf-8"))
             return str(state["id"]), int(state["sent_step"])
         except FileNotFoundError:
             pass
