@@ -57,6 +57,11 @@ class Predictor:
         return function(self.model, **batch).double().cpu()
 
 
+def longest(run: Path, described: dict) -> int:
+    """The most tokens of a text, of a model without a run's configuration."""
+    return described.get("seq_len") or convert.open_model(run).config.max_positions
+
+
 def settings(run: Path, overrides: Sequence[str]) -> Config:
     """The configuration that a run was tuned with; of another model the default one, for the task, the labels and the
     length that it brings. `overrides` change the settings of its task; what it writes is judged on all rows.
@@ -76,5 +81,5 @@ def settings(run: Path, overrides: Sequence[str]) -> Config:
         task = replace(config.task, drop_bad=False)
     else:
         task = replace(config.task, labels=described["labels"], multi_label=described["multi_label"])
-        config = replace(config, train=replace(config.train, seq_len=convert.open_model(run).config.max_positions))
+        config = replace(config, train=replace(config.train, seq_len=longest(run, described)))
     return replace(config, task=replace(task, **{"generate_samples": sys.maxsize} | given))

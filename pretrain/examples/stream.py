@@ -43,6 +43,7 @@ class Ragged:
 class Examples:
     """What a model sees at once, n of them: `columns` of n rows each, `lengths` in tokens; `rows` are the rows of the
     table that they come from. `facts`: whatever else a task needs to judge predictions. `dropped`: what was left out.
+    `whole`: the lengths before texts were cut.
     """
 
     columns: dict[str, Ragged]
@@ -51,13 +52,21 @@ class Examples:
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    whole: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def sizes(self) -> dict[str, int]:
+        """The tokens of the longest, before it was cut; how many were cut, and how many tokens they lost."""
+        whole = self.lengths if self.whole is None else self.whole
+        lost = whole - self.lengths
+        return {"longest": int(whole.max()), "cut": int((lost > 0).sum()), "cut_tokens": int(lost.sum())}
+
 
 def make_examples(
-    columns: dict[str, Ragged], rows: Iterable[int], facts: dict[str, Any] | None = None, dropped: Iterable[str] = ()
+    columns: dict[str, Ragged], rows: Iterable[int], facts: dict[str, Any] | None = None, dropped: Iterable[str] = (),
+    whole: Iterable[int] | None = None,
 ) -> Examples:  # fmt: skip
     """Examples whose tokens are all columns named `inputs...`; the fingerprint is that of everything in the columns."""
     digest = hashlib.sha256()
@@ -66,7 +75,8 @@ def make_examples(
     lengths = sum(column.lengths for name, column in columns.items() if name.startswith("inputs"))
     numbers = np.fromiter(rows, dtype=np.int64)
     assert all(len(column) == len(numbers) for column in columns.values())
-    return Examples(columns, lengths, numbers, digest.hexdigest(), facts or {}, tuple(dropped))
+    whole = None if whole is None else np.fromiter(whole, dtype=np.int64)
+    return Examples(columns, lengths, numbers, digest.hexdigest(), facts or {}, tuple(dropped), whole)
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,7 @@ class ExampleStream:
         samples = self.progress(steps)[0]
         return [{
             "examples": len(self.examples), "tokens": int(self.examples.lengths.sum()),
-            "longest": int(self.examples.lengths.max()), "epochs": samples / self.epoch_samples,
-            "dropped": len(self.examples.dropped),
+            "epochs": samples / self.epoch_samples, **self.examples.sizes(), "dropped": len(self.examples.dropped),
         }]  # fmt: skip
 
     def describe(self, place: tuple) -> dict:

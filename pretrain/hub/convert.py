@@ -21,6 +21,7 @@ from pretrain.checkpoint.load import Weights, filled_model, run_of
 from pretrain.checkpoint.save import write_weights
 from pretrain.checkpoint.tensors import Spec, write_folder
 from pretrain.cli import how_to_install
+from pretrain.config import compose
 from pretrain.config.schema import ModelConfig
 from pretrain.files import IMPORTED, TASK, check_new_folder, check_room, lock, sha256_of_file, sync_folder, write_synced
 from pretrain.hardware import DTYPES
@@ -134,10 +135,12 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
         with tqdm(total=saved + size, desc="exporting", unit="B", unit_scale=True) as bar:
             load.verify(weights.checkpoint, on_bytes=bar.update)
             write_folder(staging, specs, read_theirs, int(shard_gb * 1e9), bar.update)
-        for name, content in small_files(hf, tokenizer, config, task).items():
+        length = tuned_length(folder, config)
+        for name, content in small_files(hf, tokenizer, config, task, length).items():
             (staging / name).parent.mkdir(exist_ok=True)
             write_synced(staging / name, content)
-        proof = compared(staging, config, read_rounded, tokenizer, staging)
+        judged = length if config.head in TASK_OF_HEAD else 0
+        proof = compared(staging, config, read_rounded, tokenizer, staging, length=judged)
         parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
         name, step = Path(output).name, weights.header.step
         card = model_card(name, folder, step, config, hf, parameters, auto_class(config), proof)
@@ -156,6 +159,14 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, task: dict[
     return theirs | {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad", "cls", "sep") if name in ids}
 
 
+def tuned_length(run: Path, config: ModelConfig) -> int:
+    """The most tokens of a text that a run judges: what it was tuned at, where it was tuned."""
+    settings = run / "config.yaml"
+    if config.head not in TASK_OF_HEAD or not settings.is_file():
+        return config.max_positions
+    return min(compose.read(settings).train.seq_len, config.max_positions)
+
+
 def padding(tokenizer: Tokenizer) -> str | None:
     """The role of the token that fills up batches of texts: where there is none for it, what ends a text does it. A
     causal model's texts are not over when they are judged, so none of them ends with it: transformers takes the last
@@ -164,9 +175,12 @@ def padding(tokenizer: Tokenizer) -> str | None:
     return next((role for role in ("pad", "eos", "sep") if role in tokenizer.special_ids), None)
 
 
-def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's; one for a task does with texts what `tasks` does, and fills up batches behind them. One for
-    chats that brings no template gets ours, with which it must take special tokens in a text for what they are.
+def tokenizer_files(
+    tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any], length: int
+) -> dict[str, bytes]:  # fmt: skip
+    """The tokenizer's; one for a task does with texts what `tasks` does, cuts them at the `length` at which the model
+    was tuned, and fills up batches behind them. One for chats that brings no template gets ours, with which it must
+    take special tokens in a text for what they are.
     """
     ends = config.head in TASK_OF_HEAD and not config.causal
     files, name = tokenizer.hf_files(config.max_positions, ends), "tokenizer_config.json"
@@ -174,21 +188,22 @@ def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, task: dict[str, A
     if task.get("chat") and tokenizer.chat_template is None:
         files[TEMPLATE_NAME] = ChatFormat(tokenizer).template.encode()
         return files | {name: _json(settings | {"split_special_tokens": False})}
-    if config.head not in TASK_OF_HEAD or role == "pad" and settings.get("padding_side", "right") == "right":
+    if config.head not in TASK_OF_HEAD:
         return files
-    named = {} if role is None else {"pad_token": settings[f"{role}_token"]}
-    return files | {name: _json(settings | named | {"padding_side": "right"})}
+    named = {} if role in (None, "pad") else {"pad_token": settings[f"{role}_token"]}
+    changed = settings | named | {"padding_side": "right", "model_max_length": length}
+    return files | {name: _json(changed)}
 
 
 def small_files(
-    hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any]
+    hf: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig, task: dict[str, Any], length: int
 ) -> dict[str, bytes]:
     """Everything of an export but the weights and the card."""
-    files = {"config.json": hf} | (sentence_files(config) if config.head == "embedding" else {})
+    files = {"config.json": hf} | (sentence_files(config, length) if config.head == "embedding" else {})
     if auto_class(config) == "AutoModelForCausalLM":
         ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
         files["generation_config.json"] = ids
-    return {name: _json(content) for name, content in files.items()} | tokenizer_files(tokenizer, config, task)
+    return {name: _json(content) for name, content in files.items()} | tokenizer_files(tokenizer, config, task, length)
 
 
 def _json(content: Any) -> bytes:
@@ -197,12 +212,12 @@ def _json(content: Any) -> bytes:
 
 def compared(
     folder: Path, config: ModelConfig, read: Callable[[str], torch.Tensor], tokenizer: Tokenizer, staging: Path,
-    allowed_unused: Collection[str] = (),
+    allowed_unused: Collection[str] = (), length: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The proof; a difference says what it means."""
     print("comparing with transformers", flush=True)
     try:
-        return parity.prove(folder, config, read, tokenizer, staging / ".proof", allowed_unused)
+        return parity.prove(folder, config, read, tokenizer, staging / ".proof", allowed_unused, length)
     except ValueError as error:
         raise ValueError(f"transformers and this program do not agree, nothing is written: {error}") from None
 

@@ -99,6 +99,8 @@ def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     check_vocabulary(tokenizer, config)
     architecture = (hf.get("architectures") or [hf["model_type"]])[0]
     task = task_of_config(hf, config)
+    if task:
+        task |= {"seq_len": read_length(folder, config)}
     return Source(folder, architecture, config, task, tokenizer, tensors, listed, found, leftovers)
 
 
@@ -140,6 +142,15 @@ def read_pooling(folder: Path) -> str | None:
     if not (folder / MODULES).is_file() or not (folder / POOLING).is_file():
         return None
     return pooling_of(read_json(folder / MODULES, list), read_json(folder / POOLING))
+
+
+def read_length(folder: Path, config: ModelConfig) -> int:
+    """The most tokens of a text that the folder's model is given by its own libraries."""
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        said = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        if isinstance(said, int) and 0 < said <= config.max_positions:
+            return said
+    return config.max_positions
 
 
 def task_of_config(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

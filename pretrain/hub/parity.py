@@ -80,10 +80,11 @@ class Row:
 @torch.no_grad()
 def prove(
     folder: Path, config: ModelConfig, read: Callable[[str], torch.Tensor], tokenizer: Tokenizer, scratch: Path,
-    allowed_unused: Collection[str] = (),
+    allowed_unused: Collection[str] = (), length: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare a folder with the model `config`, `read(name)` its weights. Returns what was compared, and the
-    differences. `scratch` is made, and removed; `allowed_unused`: tensors of the folder that no model needs.
+    differences. `scratch` is made, and removed; `allowed_unused`: tensors of the folder that no model needs; `length`:
+    where texts are to be cut.
     """
     scratch.mkdir()
     try:
@@ -92,7 +93,7 @@ def prove(
         prompts = make_prompts(config, tokenizer)
         request = {
             "auto_class": auto_class(config), "dtype": dtype_of(folder), "texts": TRICKY_TEXTS,
-            "batches": [inputs_of(*batch) for batch in batches],
+            "long_text": " ".join(PASSAGES.values()) * length, "batches": [inputs_of(*batch) for batch in batches],
             "prompts": prompts, "new_tokens": min(NEW_TOKENS, config.max_positions - max(map(len, prompts), default=0)),
             "arguments": {"add_pooling_layer": False}
             if config.head in ("none", "embedding") and hf["model_type"] in POOLERS else {},
@@ -101,6 +102,8 @@ def prove(
         answer = ask(folder, request, scratch)
         check_loading(answer, allowed_unused)
         check_texts(answer, tokenizer)
+        if length:
+            check_cut(answer["cut"], request["long_text"], tokenizer, config, length)
         if config.labels and answer["labels"] != label_names(hf):
             raise ValueError(f"the names of labels part: transformers has {answer['labels'][:9]} and this program "
                              f"{label_names(hf)[:9]}")  # fmt: skip
@@ -229,6 +232,16 @@ def check_texts(answer: dict[str, Any], tokenizer: Tokenizer) -> None:
         if tokenizer.decode(ours) != theirs["decoded"]:
             raise ValueError(f"the tokenizers decode {shortened(text)} to different texts: transformers to "
                              f"{theirs['decoded']!r}, this program to {tokenizer.decode(ours)!r}")  # fmt: skip
+
+
+def check_cut(theirs: list[int], text: str, tokenizer: Tokenizer, config: ModelConfig, length: int) -> None:
+    """A pipeline cuts a long text where this program does, with the special tokens around it."""
+    around = tokenizer.prefix, [] if config.causal else tokenizer.suffix
+    inside = tokenizer.encode(text)[: length - sum(map(len, around))]
+    ours = [*around[0], *inside, *around[1]]
+    if theirs != ours:
+        raise ValueError(f"a text of more than {length} tokens is cut to {len(theirs)} by transformers and to "
+                         f"{len(ours)} by this program: {difference(theirs, ours)}")  # fmt: skip
 
 
 def shortened(text: str) -> str:

@@ -3,9 +3,9 @@
     python -m pretrain.hub.reference REQUEST.json
 
 The request (a JSON object) names the `folder`, the `dtype` of its files, the `auto_class` and its `arguments`, the
-folder `output`, batches of token ids, texts and prompts; computed is in fp32. Answered are answer.json (how the weights
-loaded, the names of the labels, the ids and the decoded text of each text, what continues each prompt) and
-BATCH.NAME.npy for each tensor that the model gives for a batch.
+folder `output`, batches of token ids, texts, a long one and prompts; computed is in fp32. Answered are answer.json (how
+the weights loaded, the names of the labels, the ids and the decoded text of each text, where a long one is cut, what
+continues each prompt) and BATCH.NAME.npy for each tensor that the model gives for a batch.
 """
 
 import json
@@ -28,6 +28,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     answer: dict[str, Any] = {"transformers": transformers.__version__}
     tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"])
+    answer["cut"] = tokenizer(request["long_text"], truncation=True)["input_ids"]
     answer["texts"] = [tokens_of(tokenizer, text) for text in request["texts"]]
     model, loading = getattr(transformers, request["auto_class"]).from_pretrained(
         request["folder"], dtype=getattr(torch, request["dtype"]), use_safetensors=True, output_loading_info=True,

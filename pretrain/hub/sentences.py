@@ -14,15 +14,15 @@ NEW_NAMES = {"cls": "first", "mean": "mean", "lasttoken": "last"}
 KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 
 
-def sentence_files(config: ModelConfig) -> dict[str, Any]:
-    """File name -> content, for a model of head=embedding."""
+def sentence_files(config: ModelConfig, length: int) -> dict[str, Any]:
+    """File name -> content, for a model of head=embedding that reads texts up to `length` tokens."""
     modules = [{"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
                for number, (path, kind) in enumerate(KINDS.items())]  # fmt: skip
     modes = {f"pooling_mode_{mode}": mode == MODES[config.pooling] for mode in (*MODES.values(), *OTHER_MODES)}
     return {
         MODULES: modules,
         POOLING: {"word_embedding_dimension": config.width, **modes, "include_prompt": True},
-        "sentence_bert_config.json": {"max_seq_length": config.max_positions, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
     }
 
 

@@ -14,7 +14,7 @@ from pretrain.examples.stream import ExampleRows, Examples, Ragged, make_example
 from pretrain.examples.tables import Column, Table, is_nan
 from pretrain.model.losses import label_rows, multi_label_rows
 from pretrain.stream.objectives import IGNORE
-from pretrain.tasks.task import HeadTask, Inputs, read_rows, tell_alike, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, read_rows, tell_alike, whole_length, whole_text
 
 
 class Classification(HeadTask):
@@ -60,7 +60,8 @@ class Classification(HeadTask):
         }
         if len(sides) > 1 and self.model.segments > 1:
             columns["segments"] = Ragged((segments for _, segments in made), np.int8)
-        return make_examples(columns, rows, dropped=dropped)
+        whole = (whole_length(self.tokenizer, self.model, *texts) for texts in zip(*sides, strict=True))
+        return make_examples(columns, rows, dropped=dropped, whole=whole)
 
     def weigh(self, examples: Examples) -> None:
         """`class_weights=balanced`: each label counts as much in these examples as any other."""

@@ -20,7 +20,7 @@ from pretrain.tasks.contrast import (
     pair_losses,
     pair_vectors,
 )
-from pretrain.tasks.task import Task, padded_tokens, read_rows, whole_text
+from pretrain.tasks.task import Task, padded_tokens, read_rows, whole_length, whole_text
 
 
 class Embedding(Task):
@@ -63,14 +63,15 @@ class Embedding(Task):
             return texts, _number(gold, row) if gold else None
 
         rows, found, dropped = read_rows(table, read, config.drop_bad, with_gold)
-        columns, numbers = {}, {}
+        columns, numbers, whole = {}, {}, np.zeros(len(rows), np.int64)
         for end, texts in zip(SIDES, zip(*(texts for texts, _ in found), strict=True), strict=False):
             encoded = self.tokenizer.encode_batch(list(texts))
+            whole += [whole_length(self.tokenizer, self.model, ids) for ids in encoded]
             made = (whole_text(self.tokenizer, self.model, ids, self.seq_len)[0] for ids in encoded)
             columns[f"inputs{end}"] = Ragged(made)
         same = ([numbers.setdefault(text, len(numbers)) for text in texts] for texts, _ in found)
         facts = {"scores": np.array([score for _, score in found])} if is_scored else {}
-        return make_examples(columns | {"texts": Ragged(same, np.int64)}, rows, facts, dropped)
+        return make_examples(columns | {"texts": Ragged(same, np.int64)}, rows, facts, dropped, whole)
 
     def weigh(self, examples: Examples) -> None:
         """`ValueError` where all pairs have one document."""

@@ -179,6 +179,12 @@ def read_rows(
 def encode_and_tell(task: Task, table: Table, tell: bool = True) -> Examples:
     """The examples of a table with gold; what was left out is said."""
     examples = task.encode(table)
+    sizes = examples.sizes()
+    if sizes["cut"] and tell:
+        share = sizes["cut_tokens"] / (sizes["cut_tokens"] + int(examples.lengths.sum()))
+        print(f"{table.location}: {sizes['cut']:,} of {len(examples):,} examples are cut to train.seq_len="
+              f"{task.seq_len} ({share:.1%} of the tokens; the longest has {sizes['longest']:,})",
+              file=sys.stderr, flush=True)  # fmt: skip
     if examples.dropped and tell:
         print(f"{table.location}: {len(examples.dropped)} of {len(table.rows)} examples are left out, the first: "
               f"{examples.dropped[0]}", file=sys.stderr, flush=True)  # fmt: skip
@@ -200,6 +206,14 @@ def tell_alike(names: Iterable[str], location: str) -> None:
 def ending(tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
     """The special ids after a text; none for a model that looks back only, for which the text is not over."""
     return [] if model.causal else tokenizer.suffix
+
+
+def whole_length(
+    tokenizer: Tokenizer, model: ModelConfig, ids: Sequence[int], pair: Sequence[int] | None = None
+) -> int:
+    """The ids of `whole_text` where nothing is cut."""
+    special = len(tokenizer.prefix) + len(ending(tokenizer, model))
+    return special + len(ids) + (0 if pair is None else len(tokenizer.between) + len(pair))
 
 
 def whole_text(

@@ -16,7 +16,7 @@ from pretrain.examples.stream import Examples, Ragged, make_examples
 from pretrain.examples.tables import Column, Table
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.stream.objectives import IGNORE
-from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, tell_alike, whole_text
+from pretrain.tasks.task import HeadTask, Inputs, ending, read_rows, tell_alike, whole_length, whole_text
 
 OUTSIDE = "O"
 _TAG = re.compile(r"O|[BI]-.+")
@@ -55,16 +55,17 @@ class TokenClassification(HeadTask):
             words, tags = read(row)
             if unknown := [tag for tag in tags if tag not in self.numbers]:
                 raise ValueError(f"the tag {unknown[0]!r} is none of {among(unknown[0], self.labels)}")
-            ids, places = self._encoded(words)
+            ids, places, whole = self._encoded(words)
             labels = np.full(len(ids), IGNORE)
             for tag, place in zip(tags, places, strict=with_gold):
                 if place >= 0:
                     labels[place] = self.numbers[tag]
-            return ids, labels, places
+            return ids, labels, places, whole
 
         rows, made, dropped = read_rows(table, encoded, self.config.drop_bad, with_gold)
-        inputs, labels, places = zip(*made, strict=True)
-        return make_examples({"inputs": Ragged(inputs), "labels": Ragged(labels)}, rows, {"places": places}, dropped)
+        inputs, labels, places, whole = zip(*made, strict=True)
+        columns = {"inputs": Ragged(inputs), "labels": Ragged(labels)}
+        return make_examples(columns, rows, {"places": places}, dropped, whole)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return cross_entropy_rows(logits, labels)
@@ -87,8 +88,10 @@ class TokenClassification(HeadTask):
             details.append({"text": " ".join(words), "gold": gold, "prediction": tags, "right": tags == gold})
         return metrics.spans([row["gold"] for row in details], predicted), details, {}
 
-    def _encoded(self, words: list[str]) -> tuple[list[int], np.ndarray]:
-        """The ids of a text, and the place of each word's token among them, int[words]; -1 where there is none."""
+    def _encoded(self, words: list[str]) -> tuple[list[int], np.ndarray, int]:
+        """The ids of a text, the place of each word's token among them, int[words], -1 where there is none; and how
+        many ids there were before the text was cut.
+        """
         ids, spans = self.tokenizer.encode_spans(" ".join(words))
         inputs, _ = whole_text(self.tokenizer, self.model, ids.tolist(), self.seq_len)
         lengths = np.array([len(word) for word in words], dtype=np.int64)
@@ -104,7 +107,7 @@ class TokenClassification(HeadTask):
         places[found] = len(self.tokenizer.prefix) + tokens[first]
         room = len(inputs) - len(ending(self.tokenizer, self.model))
         places[places >= room] = -1
-        return inputs, places
+        return inputs, places, whole_length(self.tokenizer, self.model, ids)
 
 
 def _reader(

@@ -36,6 +36,7 @@ class TaskValidation:
         write = functools.partial(continued, self.micro_batch_size, evaluate, ranks)
         written, told = self.task.judge_written(self.table, self.examples, write)
         self.details = told or self.details
+        self.facts = self.facts | self.examples.sizes()
         named = {f"val_{name}": float(value) for name, value in (figures | written).items()}
         return ({"val_loss": losses / counts} if counts else {}) | named
 

@@ -209,7 +209,9 @@ def test_a_tuned_model_goes_out_proven_with_its_labels_and_comes_back(
         settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
         assert written["pad_token_id"] == tokenizer.eos and settings["pad_token"] == settings["eos_token"]
     convert.import_hf(tmp_path / "hf", tmp_path / "back", check=False)
-    assert equal(run, tmp_path / "back") and json.loads((tmp_path / "back/task.json").read_text()) == facts
+    assert equal(run, tmp_path / "back") and json.loads((tmp_path / "back/task.json").read_text()) == (
+        facts | {"seq_len": config.max_positions}
+    )
     card = (tmp_path / "hf/README.md").read_text()
     assert f"| task | {task} |" in card
     if case in ("bert", "roberta", "modernbert"):
@@ -240,7 +242,7 @@ def test_a_model_tuned_on_chats_brings_the_template_that_it_was_tuned_with(
     exec(card.split("```python\n")[1].split("```")[0], {})
     assert "User: How does the history" in capsys.readouterr().out and "remove such texts" in card
     for other in ({}, task | {"chat": False}):
-        files = convert.tokenizer_files(tokenizer, config, other)
+        files = convert.tokenizer_files(tokenizer, config, other, 64)
         assert files == tokenizer.hf_files(config.max_positions) and "chat_template.jinja" not in files
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.examples.tables import read_table
+from pretrain.tasks.task import encode_and_tell
 from tests.task_helpers import batch_of, byte_level, judged, make, new_model, table_of, taught, word_pieces
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -88,6 +89,20 @@ def test_a_model_without_segments_or_that_looks_back_reads_pairs_too(words, fold
     gpt = byte_level(folder / "bytes")
     columns = make("classification", gpt, "task.text_pair=other", table=table).encode(table).columns
     assert columns["inputs"][0].tolist() == [*gpt.encode("w1 w2"), gpt.eos, *gpt.encode("w3")]
+
+
+def test_what_is_cut_is_counted_and_said(words, tmp_path, capsys):
+    table = table_of(tmp_path, {"text": "w1 w2 w3", "label": "a"}, {"text": "w1 " * 20, "label": "b"})
+    task = make("classification", words, "train.seq_len=6", *ENCODER, table=table)
+    special = len(words.prefix) + len(words.suffix)
+    examples = encode_and_tell(task, table)
+    lost = 20 + special - 6
+    assert examples.sizes() == {"longest": 20 + special, "cut": 1, "cut_tokens": lost}
+    share = lost / (23 + 2 * special)
+    said = f"1 of 2 examples are cut to train.seq_len=6 ({share:.1%} of the tokens; the longest has {20 + special})"
+    assert f"rows.jsonl: {said}" in capsys.readouterr().err
+    longer = make("classification", words, "train.seq_len=32", *ENCODER, table=table)
+    assert encode_and_tell(longer, table).sizes()["cut"] == 0 and capsys.readouterr().err == ""
 
 
 # One label

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from pretrain.checkpoint.load import Weights
 from pretrain.config import compose
 from pretrain.config.schema import to_yaml
 from pretrain.examples.tables import read_table
@@ -20,7 +21,7 @@ from tools import predict
 pytestmark = pytest.mark.usefixtures("transformers_forked")
 WORDS = [f"w{i}" for i in range(30)]
 MODEL = ("model=bert_base", "model.layers=1", "model.width=24", "model.heads=2", "model.ffn_width=32",
-         "model.max_positions=24", "train.seq_len=24", "train.precision=fp32")  # fmt: skip
+         "model.max_positions=48", "train.seq_len=24", "train.precision=fp32")  # fmt: skip
 ROWS = [{"body": " ".join(f"w{(7 * i + j) % 30}" for j in range(i % 40)), "kind": "abc"[i % 3]} for i in range(50)]
 TASKS = {
     "classification": ("sequence", {"labels": ["a", "b", "c"]}, ["task.text=body", "task.label=kind"]),
@@ -87,8 +88,10 @@ def test_each_row_is_told_alike_in_every_batch(runs, rows, task):
 
 
 def test_an_imported_model_and_a_hugging_face_folder_tell_what_the_run_tells(runs, imported, rows):
-    """They know no columns of ours, and are as long as the model."""
+    """They know no columns of ours; texts are cut where the run cut them, at half of what the model could read."""
     expected = told(runs / "classification", rows)
+    written = json.loads((runs / "exported" / "tokenizer_config.json").read_text())
+    assert written["model_max_length"] == 24 and Weights(runs / "classification").config.max_positions == 48
     for model in (imported, runs / "exported"):
         found = told(model, rows, "task.text=body")
         assert [row["label"] for row in found] == [row["label"] for row in expected]
@@ -158,7 +161,7 @@ def test_bad_rows_are_left_out_of_the_figures_and_said(runs, rows, tmp_path, cap
     found = Predictor(run, overrides=["task.drop_bad=true"]).figures(table, 16)
     assert "2 of 52 examples are left out, the first: " in capsys.readouterr().err
     assert found == Predictor(run).figures(good, 16) and set(found) == {"loss", "accuracy", "macro_f1"}
-    assert capsys.readouterr().err == ""
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_loss_of_other_weights_is_not_told(runs, rows):

@@ -1,0 +1,67 @@
+"""Rank and world from the environment: what no launcher sets is refused in words, and so is a port that is taken."""
+
+import socket
+import subprocess
+
+import pytest
+
+from pretrain import dist
+from tests.conftest import command
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    def set_all(said: dict[str, str]) -> None:
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_what_launchers_say_is_taken(setting):
+    setting({})
+    assert dist.from_environment(is_launched=True) == dist.ALONE
+    setting(WHOLE)
+    assert dist.from_environment(is_launched=True) == dist.Ranks(1, 4, 0)
+    setting({"WORLD_SIZE": "4"})
+    assert dist.from_environment() == dist.Ranks(0, 4, 0), "a check for four ranks, before there are any"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"RANK": "0"}, "RANK=0 in the environment, without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, without RANK, LOCAL_RANK"),
+        ({**WHOLE, "RANK": "node-3"}, "RANK=node-3 in the environment is no whole number: start the run with"),
+        ({**WHOLE, "WORLD_SIZE": "1"}, "RANK=1 and WORLD_SIZE=1 in the environment do not fit"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK= in the environment is no whole number"),
+    ],
+)
+def test_what_was_left_over_is_named(setting, said, message):
+    setting(said)
+    with pytest.raises(ValueError, match=message) as refused:
+        dist.from_environment(is_launched=True)
+    assert "unset RANK WORLD_SIZE LOCAL_RANK" in str(refused.value)
+
+
+def test_the_trainer_refuses_in_one_line(environment):
+    for said in ({"RANK": "0"}, {"RANK": "node-3"}):
+        done = subprocess.run(command(1, "run.name=x"), env=environment | said, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: RANK=") and done.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(train, environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        line = command(1, f"run.root={train.root}", "run.name=port", f"data.train={train.shards}")
+        env = environment | launched | {"MASTER_PORT": str(port)}
+        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: MASTER_PORT={port} is in use on this host, perhaps by another run" in done.stderr
+    assert not (train.root / "port").exists()
