@@ -32,7 +32,8 @@ INSIDE = {
         "chat": {"texts", "tokenizer"},
     },
     "config": {
-        "schema": set(), "checks": {"schema"}, "overrides": {"schema"}, "compose": {"checks", "overrides", "schema"},
+        "schema": set(), "checks": {"schema"}, "overrides": {"schema"}, "help": set(),
+        "compose": {"checks", "help", "overrides", "schema"},
     },
     "shards": {
         "cache": set(), "fetch": set(), "npy": set(), "sidecar": set(), "tar": set(), "remote": {"cache", "fetch"},

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import check, check_said
+from pretrain.config.help import help_text, in_our_words, wants_help
 from pretrain.config.overrides import PATHS, as_typed, schema_keys
 from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, Config, PhaseConfig
 
@@ -52,6 +53,11 @@ def from_command_line(config_name: str, read_model: ReadModel) -> Config | None:
     # The deepspeed launcher adds --local_rank=N, which torchrun's environment variables already say.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     said = {as_typed(argument): argument for argument in sys.argv[1:]}
+    if wants_help(said):
+        cfg, hydra_config = _composed(config_name, [each for each in said if not each.startswith("-")])
+        plain, template = OmegaConf.to_container(cfg), hydra_config.help.template
+        print(help_text(template, config_name, conf_folder(), plain, dict(hydra_config.runtime.choices)))
+        return None
     sys.argv[1:] = said
     composed = _answered if any(argument.startswith("-") for argument in said) else _composed
     found = composed(config_name, list(said))
@@ -247,7 +253,7 @@ def _explain(error: HydraException, origin: Origin) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _explain_key(cause, origin)
     text = str(error).partition("Config search path:")[0].strip()
-    return f"{text}\n(--help lists the keys, --cfg job shows the composed config)"
+    return in_our_words(text, origin.config_name, conf_folder(), origin.overrides)
 
 
 def _explain_key(error: OmegaConfBaseException, origin: Origin) -> str:

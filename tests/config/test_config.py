@@ -74,7 +74,7 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["schedule.warmup_steps=-1"], ["schedule.warmup_steps", "negative"]),
         (["model.dropout=2"], ["model.dropout", "between 0 and 1"]),
         (["train.precision=fp23"], ["train.precision", "fp32"]),
-        (["model=lama_14m"], ["model/lama_14m", "llama_14m"]),
+        (["model=lama_14m"], ["model=lama_14m", "llama_14m"]),
         (["train.seq_len=5000"], ["train.seq_len=5000", "model.max_positions=1024"]),
         (["model.heads=7"], ["model.width=240", "model.heads=7"]),
         (["model.kv_heads=2"], ["model.heads=3", "model.kv_heads=2"]),
