@@ -46,7 +46,7 @@ INSIDE = {
         "transformer": {"attention", "lora", "positions"}, "heads": {"lora", "transformer"},
     },
     "report": {
-        "curves": set(), "log": set(), "theme": set(), "page": {"curves", "theme"},
+        "curves": set(), "theme": set(), "wandb_run": set(), "log": {"wandb_run"}, "page": {"curves", "theme"},
     },
     "stream": {
         "order": set(), "mixture": {"order"}, "objectives": {"order"}, "packing": {"order"},
@@ -89,7 +89,7 @@ INSIDE = {
     },
 }  # fmt: skip
 SOLE_USERS = {
-    "deepspeed": {"engine.engine", "engine.fragments", "engine.settings"}, "wandb": {"report.log"},
+    "deepspeed": {"engine.engine", "engine.fragments", "engine.settings"}, "wandb": {"report.wandb_run"},
     "omegaconf": {"config.compose"}, "hydra": {"config.compose"}, "tarfile": {"shards.tar"},
     "sentencepiece": {"tokenizer.sentencepiece"}, "tokenizers": {"tokenizer.huggingface"},
     "matplotlib": {"report.curves"}, "safetensors": {"checkpoint.tensors"}, "transformers": {"hub.reference"},

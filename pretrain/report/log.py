@@ -1,15 +1,10 @@
-"""What a run tells the world, from rank 0: the journal (the truth), events, the console and Weights & Biases.
-
-The only module that imports wandb. Trouble with W&B becomes an event and never reaches training.
-"""
+"""What a run tells the world, from rank 0: the journal (the truth), events, the console and Weights & Biases."""
 
 import json
 import math
 import os
 import sys
 import time
-import uuid
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,9 +13,8 @@ from tqdm import tqdm
 
 from pretrain.config.schema import LogConfig
 from pretrain.files import sync_folder
+from pretrain.report.wandb_run import WandbRun
 
-INIT_TIMEOUT_SECONDS = 20  # wandb's own defaults are 90 s to start, and no limit at all to finish
-FINISH_TIMEOUT_SECONDS = 60
 FORETOLD_AFTER = 5  # steps after the first: how long the rest takes is said once
 
 
@@ -47,7 +41,7 @@ class Log:
             self.event("journal", step=start_step, **{name: rows for name, rows in changes.items() if rows})
         self._wandb = None
         if config.wandb != "disabled":
-            self._wandb = _WandbRun(config, run_dir, resolved_config, self.event)
+            self._wandb = WandbRun(config, run_dir, resolved_config, self.event)
             self._wandb.catch_up(run_dir / "metrics.jsonl", start_step)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -200,102 +194,6 @@ class _Console:
             self._bar.close()
 
 
-class _WandbRun:
-    """One W&B run for the life of the run's folder.
-
-    `wandb/state.json` holds its id and the last step handed over, because `resume=` does nothing offline: a run that
-    goes back to a checkpoint sends no step twice.
-    """
-
-    def __init__(
-        self, config: LogConfig, run_dir: Path, resolved_config: dict[str, Any], report: Callable[..., None]
-    ) -> None:
-        self._report = report
-        self._run = None
-        self._state = run_dir / "wandb" / "state.json"
-        self._state.parent.mkdir(exist_ok=True)
-        self.id, self._sent_step = self._load_state()
-        self._mark = open(self._state, "r+b", buffering=0)
-        # wandb announces credentials before it has read our settings, and reports errors over the network.
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        for mode in ("online", "offline") if config.wandb == "online" else ("offline",):
-            try:
-                self._run = _start_wandb(mode, self.id, config.project, run_dir, resolved_config)
-                return
-            except Exception as error:  # whatever W&B does, training goes on
-                instead = "offline" if mode == "online" else "no W&B"
-                self._report("wandb", problem=f"{mode} failed: {error}", instead=instead)
-
-    def _load_state(self) -> tuple[str, int]:
-        fresh = {"id": uuid.uuid4().hex[:12], "sent_step": 0}
-        try:
-            state = json.loads(self._state.read_text(encoding="utf-8"))
-            return str(state["id"]), int(state["sent_step"])
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            self._report("wandb", problem=f"{self._state} is damaged: {error}", instead=f"new W&B run {fresh['id']}")
-        tmp = self._state.with_suffix(".tmp")
-        tmp.write_bytes(_state_bytes(**fresh))
-        os.replace(tmp, self._state)
-        return fresh["id"], 0
-
-    def catch_up(self, journal: Path, start_step: int) -> None:
-        """Send the journal's rows that W&B has not seen, of a time when it was disabled."""
-        if self._run is not None and self._sent_step < start_step:
-            with open(journal, "rb") as lines:
-                for line in lines:
-                    self.send(json.loads(line))
-
-    def send(self, row: dict[str, Any]) -> None:
-        """Hand over the numbers of a row, once."""
-        if self._run is None or row["step"] <= self._sent_step:
-            return
-        try:
-            self._sent_step = row["step"]
-            os.pwrite(self._mark.fileno(), _state_bytes(self.id, self._sent_step), 0)
-            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-            # With step= wandb waits for the next step to commit this one, unless told.
-            self._run.log(numbers, step=row["step"], commit=True)
-        except Exception as error:
-            self._run = None
-            self._report("wandb", problem=f"log failed: {error}", instead="no W&B from here on")
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        try:
-            if self._run is not None:
-                self._run.summary.update(summary)
-                self._run.finish()
-        except Exception as error:
-            self._report("wandb", problem=f"finish failed: {error}", instead="`wandb sync` sends what is left")
-        self._mark.close()
-
-
-def _start_wandb(mode: str, run_id: str, project: str, run_dir: Path, resolved_config: dict[str, Any]) -> Any:
-    """Start W&B with nothing captured but what we send: no console, code, git, requirements, machine facts."""
-    import wandb  # half a second that ranks without W&B need not wait
-
-    wandb.teardown()  # a start that failed leaves its run id "in use"
-    settings = wandb.Settings(
-        silent=True, console="off", disable_git=True, disable_code=True, save_code=False, x_disable_meta=True,
-        x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-        init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS,
-        finish_timeout_raises=True,
-    )  # fmt: skip
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")  # it would ask for one and wait
-    resume = {"resume": "allow"} if mode == "online" else {}
-    run = wandb.init(
-        project=project, dir=str(run_dir), mode=mode, id=run_id, name=run_dir.name, config=resolved_config,
-        settings=settings, **resume,
-    )  # fmt: skip
-    run.define_metric("step")
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="step")
-    return run
-
-
 def _figures(row: dict[str, Any]) -> str:
     """Loss, speed and MFU, those that the row has."""
     forms = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
@@ -326,11 +224,6 @@ def _step_of(line: bytes) -> int | None:
     except ValueError:
         return None
     return row["step"] if isinstance(row, dict) and type(row.get("step")) is int else None
-
-
-def _state_bytes(id: str, sent_step: int) -> bytes:
-    """Padded to one length, so that writing it in place leaves nothing of an older one."""
-    return json.dumps({"id": id, "sent_step": sent_step}).ljust(127).encode() + b"\n"
 
 
 def _drop_torn_line(path: Path) -> None:

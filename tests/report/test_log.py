@@ -17,6 +17,7 @@ import pytest
 
 from pretrain.config.schema import LogConfig
 from pretrain.report import log as log_module
+from pretrain.report import wandb_run
 from pretrain.report.log import Log
 from tests.forked import ROOT
 from tests.journals import events, journal, wandb_history, wandb_records
@@ -247,9 +248,30 @@ def test_rows_of_a_time_without_wandb_are_sent_when_it_is_there(wandb_home):
     assert [item["step"] for item in wandb_history(start)] == [1, 2, 3, 4, 5]
 
 
+def test_rows_that_a_killed_start_never_wrote_are_sent_by_the_next(wandb_home):
+    """The mark is ahead of the file: what counts as handed over was still on its way."""
+    run_dir = wandb_home / "run"
+    log = open_log(run_dir, wandb="offline")
+    for step in range(1, 2001):  # more than a block of the file
+        log.row(row(step))
+    log.close()
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert list(wandb_run._steps_in(file)) == list(range(1, 2001)) and file.stat().st_size > 3 * 32768
+    os.truncate(file, file.stat().st_size // 2)
+    kept = list(wandb_run._steps_in(file))
+    assert kept == list(range(1, len(kept) + 1)) and 500 < len(kept) < 1500
+    time.sleep(1.1)  # wandb names its folders by the second
+    log = open_log(run_dir, start_step=1990, wandb="offline")
+    for step in range(1991, 2011):
+        log.row(row(step))
+    log.close()
+    (last,) = (path for path in run_dir.glob("wandb/offline-run-*/*.wandb") if path != file)
+    assert list(wandb_run._steps_in(last)) == list(range(len(kept) + 1, 2011))
+
+
 def test_wandb_online_and_unreachable_goes_on_offline(wandb_home, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(log_module, "INIT_TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_SECONDS", 2)
     began = time.monotonic()
     log = open_log(wandb_home / "run", wandb="online")
     log.row(row(1))
@@ -303,7 +325,7 @@ def test_wandb_online_sends_every_step_or_says_that_it_could_not(wandb_home, mon
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     if stalled:
-        monkeypatch.setattr(log_module, "FINISH_TIMEOUT_SECONDS", 2)
+        monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_SECONDS", 2)
     log = open_log(wandb_home / "run", wandb="online")
     server.stalled = stalled
     began = time.monotonic()
