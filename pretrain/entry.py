@@ -27,7 +27,7 @@ from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
 from pretrain.evaluation.validation import Best, Evaluation
 from pretrain.examples.stream import ExampleStream
-from pretrain.files import RESULT, write_atomically
+from pretrain.files import NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
 from pretrain.hub import convert
 from pretrain.inference import generate
@@ -83,12 +83,8 @@ def main(config_name: str, make_plan: MakePlan) -> None:
         mistake = str(error)
     if check_only:
         refuse([mistake], ranks)
-        print(
-            f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong",
-            *notes(plan),
-            *plan.changes,
-            sep="\nnote: ",
-        )
+        head = f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong"
+        print(head, *notes(plan), *plan.changes, sep="\nnote: ")
         return
     try:
         device = dist.start(ranks)
@@ -96,19 +92,30 @@ def main(config_name: str, make_plan: MakePlan) -> None:
         refuse([mistake or str(error)], ranks)
     refuse(dist.all_gather_objects(mistake), ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
+    dist.finish(run_guarded(plan, ranks, device))
+
+
+def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
+    """The run, and its exit code; what a user can do something about is said in a line, anything else as it is."""
     try:
         run(plan, ranks, device)
+        return 0
     except FloatingPointError as error:  # on all ranks
-        if ranks.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        dist.finish(1)
+        told = str(error) if ranks.is_main else ""
     except DataError as error:  # on the rank that met it
-        print(f"error: {error}", file=sys.stderr)
-        dist.finish(1)
+        told = str(error)
+    except OSError as error:
+        if error.errno is not None and error.errno not in NO_ROOM:
+            traceback.print_exc()
+            return 1
+        told = (f"{error}: the last checkpoint is good: make room in {plan.config.run.folder}, and run the same "
+                "command to go on from it")  # fmt: skip
     except BaseException:
         traceback.print_exc()
-        dist.finish(1)
-    dist.finish(0)
+        return 1
+    if told:
+        print(f"error: {told}", file=sys.stderr)
+    return 1
 
 
 def model_of(init: str) -> dict:

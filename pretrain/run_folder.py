@@ -9,6 +9,7 @@ from pretrain.config import compose
 from pretrain.config.schema import Config, differences
 from pretrain.files import holder, take, why_not_in
 
+SHAPES_EXAMPLES = ("train.seq_len:", "data.train:")  # what makes other examples of the same file, or of another
 LOCK = ".lock"  # held by the process that trains, as long as it lives
 
 
@@ -40,6 +41,9 @@ def check(cfg: Config, identity: dict) -> tuple[str, ...]:
     changed = [key for key, value in identity.items() if old.get(key) != value]
     if "val" in changed:
         unsafe += [setting for setting in safe if setting.startswith(("data.val", "train.eval_samples"))]
+    reasons = [setting for setting in safe if setting.startswith(SHAPES_EXAMPLES)] if cfg.task else []
+    if reasons and {"train", "val"} & set(changed):
+        unsafe, changed = [*unsafe, *reasons], []
     unsafe += [f"data ({key}): {str(old.get(key))[:12]} -> {identity[key][:12]}" for key in changed]
     if unsafe:
         changes = "; ".join(unsafe)

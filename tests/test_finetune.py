@@ -358,6 +358,12 @@ def test_what_changed_of_the_held_out_examples_is_named(check, runs, tmp_path):
         check("classification", *line)
 
 
+def test_another_length_is_named_and_not_the_digest_of_its_examples(check, runs):
+    with pytest.raises(ValueError) as refused:
+        check("classification", "run.name=classification", f"run.root={runs}", "train.steps=8", "train.seq_len=32")
+    assert "train.seq_len: 64 -> 32" in str(refused.value) and "data (" not in str(refused.value)
+
+
 def test_what_an_experiment_says_of_the_model_holds_for_init_too(check):
     for more, expected in ([], (0.1, "sdpa")), (["experiment=sentiment"], (0.0, "plain")), (
         ["experiment=sentiment", "model.dropout=0.3"], (0.3, "plain"),

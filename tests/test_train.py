@@ -1,5 +1,6 @@
 """The trainer as a user runs it, on real ranks: killed and resumed, moved between stages and ranks, and misused."""
 
+import contextlib
 import os
 import random
 import signal
@@ -271,3 +272,39 @@ def test_a_jump_of_the_learning_rate_is_said(train):
     said = train(1, *cosine, "train.steps=12", "--check").stdout
     assert "the learning rate goes from 1.00e-04 at step 6 to 4.86e-04 at step 7 (schedule=wsd keeps it" in said
     assert "learning rate" not in train(1, *cosine, "train.steps=6", "--check").stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_a_disk_that_is_full_ends_the_run_in_words_and_it_goes_on_with_room(train, environment, tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        where = (f"run.root={tmp_path}", f"data.train={train.shards}", "run.name=full", "train.save_every=5")
+        line = command(1, *where, "train.steps=100000", "train.keep_checkpoints=1")
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for_rows(tmp_path / "full", 7, process)
+        with contextlib.suppress(OSError):
+            (tmp_path / "filler").write_bytes(bytes(6 << 20))
+        said = process.communicate(timeout=600)[1]
+        assert process.returncode == 1 and "Traceback" not in said, said
+        assert "No space left on device: the last checkpoint is good: make room in" in said
+        (tmp_path / "filler").unlink()
+        saved = [path for path in (tmp_path / "full" / "checkpoints").iterdir() if path.name.startswith("step-")]
+        steps = int(saved[-1].name.removeprefix("step-"))
+        goes_on = command(1, *where, f"train.steps={steps + 1}", "train.keep_checkpoints=1")
+        subprocess.run(goes_on, env=environment, check=True, capture_output=True, timeout=600)
+        assert [row["step"] for row in journal(tmp_path / "full")] == list(range(1, steps + 2))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_above_the_one_that_is_meant_names_it(train, undisturbed):
+    done = train(1, "run.name=above", f"init={train.root}", "train.steps=1", check=False)
+    assert done.returncode == 2 and f"no checkpoint in {train.root}" in done.stderr
+    assert f"; did you mean {train.root}/" in done.stderr
+
+
+def test_a_checkpoint_is_used_from_inside(undisturbed, environment):
+    checkpoint = undisturbed / "checkpoints" / "step-000000024"
+    line = forked.program(ROOT / "tools" / "generate.py", ".", "--prompt", "def", "--max-tokens", "3")
+    done = subprocess.run(line, env=environment, cwd=checkpoint, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

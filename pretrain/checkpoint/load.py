@@ -75,7 +75,7 @@ def fill(checkpoint: Path, fragments: Iterable[Fragment]) -> Header:
 def run_of(run_or_checkpoint: Path) -> Path:
     """The run's folder of a run or of one of its checkpoints."""
     path = Path(run_or_checkpoint)
-    return path.parent.parent if (path / MANIFEST).exists() else path
+    return Path(os.path.abspath(path)).parent.parent if (path / MANIFEST).exists() else path
 
 
 def checkpoint_of(run_or_checkpoint: Path) -> Path:
@@ -85,7 +85,11 @@ def checkpoint_of(run_or_checkpoint: Path) -> Path:
     path = Path(run_or_checkpoint)
     found = [path] if (path / MANIFEST).exists() else committed(path / "checkpoints")
     if not found:
-        raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one")
+        inside = [str(each.parent) for each in path.glob("*/checkpoints")] + [
+            str(each.parent) for each in path.glob("*/config.json")
+        ]
+        meant = f"; did you mean {' or '.join(sorted(inside)[:3])}?" if inside else ""
+        raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one{meant}")
     result = path / RESULT
     best = (
         step_folder(path / "checkpoints", json.loads(result.read_text(encoding="utf-8"))["step"])

@@ -116,6 +116,8 @@ def _check_values(flat: dict[str, Any]) -> None:
         if key in CHOICES and value not in CHOICES[key]:
             near = difflib.get_close_matches(str(value), map(str, CHOICES[key]), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if key == "log.wandb" and str(value) in ("none", "off", "false", "null"):
+                hint = "; log=none is without W&B"
             raise ValueError(f"{key}={value}: choose one of {', '.join(map(str, CHOICES[key]))}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} must be finite")

@@ -106,14 +106,18 @@ def _answered(config_name: str, arguments: list[str]) -> tuple[Any, Any] | None:
 
 
 def _at_home(cfg: Any) -> Any:
-    """With `~` in paths as the home it stands for: a shell leaves it alone after `key=`."""
+    """Paths in one spelling: without `~`, which a shell leaves alone after `key=`, and without a slash at the end."""
     for key in PATHS:
         found = OmegaConf.select(cfg, key)
         paths = list(found) if OmegaConf.is_list(found) else [found]
-        if any(isinstance(path, str) and path.startswith("~") for path in paths):
-            paths = [os.path.expanduser(path) if isinstance(path, str) else path for path in paths]
-            OmegaConf.update(cfg, key, paths if OmegaConf.is_list(found) else paths[0])
+        spelt = [_spelt(path) if isinstance(path, str) and "://" not in path else path for path in paths]
+        if spelt != paths:
+            OmegaConf.update(cfg, key, spelt if OmegaConf.is_list(found) else spelt[0])
     return cfg
+
+
+def _spelt(path: str) -> str:
+    return os.path.expanduser(path).rstrip("/") or path
 
 
 def _origin(config_name: str, overrides: Iterable[str], hydra_config: Any) -> Origin:

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pretrain.config.schema import Config
 
-PATHS = ("init", "run.root", "data.train", "data.val", "data.tokenizer", "data.cache")
+PATHS = ("init", "run.root", "data.train", "data.val", "data.tokenizer")
 _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 _ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*(?:,|$)""", re.DOTALL)
 

@@ -61,8 +61,8 @@ class WandbRun:
         return fresh["id"], 0
 
     def _known_step(self, run_dir: Path, mode: str) -> int:
-        """The last step that the server has, or files that `wandb sync` can bring there; online files may hold rows that
-        were still on their way to it.
+        """The last step that the server has, or files that `wandb sync` brings there. Those of an online start may hold
+        rows that were still on their way.
         """
         kind = "offline-run" if mode == "online" else "*run"
         files = run_dir.glob(f"wandb/{kind}-*-{self.id}/*.wandb")

@@ -1,5 +1,6 @@
 """The data sets that a config names, opened and checked: the training stream, and the held-out windows."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,16 @@ from pretrain.stream.stream import Stream
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
-def cache_settings(data: DataConfig) -> CacheSettings:
+def cache_settings(data: DataConfig) -> CacheSettings | None:
     """Where copies of remote shards go, and how many of them."""
-    return CacheSettings(Path(data.cache).expanduser(), int(data.cache_gb * 1e9))
+    folder = cache_folder(data)
+    return None if folder is None else CacheSettings(folder, int(data.cache_gb * 1e9))
+
+
+def cache_folder(data: DataConfig) -> Path | None:
+    """`data.cache`; None where it is in the home of a user who has none: few runs need it."""
+    path = os.path.expanduser(data.cache)
+    return None if path.startswith("~") else Path(path)
 
 
 def open_sources(data: DataConfig) -> list[Manifest]:
@@ -57,7 +65,7 @@ def open_training(
     """The training stream of one rank."""
     options = StreamOptions(
         packing=data.packing, documents=data.document_mask, quarantine=data.quarantine,
-        prefetch_batches=data.prefetch_batches, cache_folder=Path(data.cache).expanduser(),
+        prefetch_batches=data.prefetch_batches, cache_folder=cache_folder(data),
     )  # fmt: skip
     return Stream(sources, planned_phases(train, data.weights, sources), seed, rank, world_size, options)
 

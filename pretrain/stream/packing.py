@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pretrain.files import write_atomically
+from pretrain.shards.cache import make_folder
 from pretrain.shards.reader import OPEN_SHARDS, BadChunk, ShardReader
 from pretrain.stream.order import hash_key, permutation
 
@@ -222,7 +223,7 @@ class Plans:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all processes on this file system; the lock ends with the process, however it ends."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         with open(self._folder / "lock", "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

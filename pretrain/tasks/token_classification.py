@@ -135,6 +135,9 @@ def _reader(
 def check_tags(tags: list[str], name: str) -> None:
     """`ValueError` for what is no tag of BIO; `name`: where they stand."""
     if wrong := [tag for tag in tags if not _TAG.fullmatch(tag)]:
+        if re.fullmatch("[ELSU]-.+", wrong[0]):
+            raise ValueError(f"{name}: {wrong[0]!r} is of BIOES or BILOU, and BIO is read: write B- for S- and U-, and "
+                             "I- for E- and L-")  # fmt: skip
         raise ValueError(f"{name}: {wrong[0]!r} is no tag of BIO: write B-{wrong[0]} for the first word of a span, "
                          f"I-{wrong[0]} for its others, and O for a word outside of all")  # fmt: skip
 

@@ -110,6 +110,9 @@ def test_the_tags_of_a_table(tokenizers, tmp_path):
     with pytest.raises(ValueError, match="plain.jsonl has only the tag O"):
         make("token_classification", tokenizers["words"], table=plain)
     nouns = table_of(tmp_path, row(["a", "b"], ["DET", "O"]), name="nouns.jsonl")
+    bioes = table_of(tmp_path, row(["a", "b"], ["O", "E-PER"]), name="bioes.jsonl")
+    with pytest.raises(ValueError, match="tags: 'E-PER' is of BIOES or BILOU, and BIO is read: write B- for S- and U-"):
+        make("token_classification", tokenizers["words"], table=bioes)
     with pytest.raises(
         ValueError, match="tags: 'DET' is no tag of BIO: write B-DET for the first word of a span, I-DET"
     ):
