@@ -4,12 +4,12 @@
 """
 
 import json
-import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,25 @@ import torch
 from pretrain import console, dist, hardware, loop, run_folder
 from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, load_model, read_header
-from pretrain.checkpoint.manifest import committed, step_folder
+from pretrain.checkpoint.manifest import step_folder
 from pretrain.checkpoint.save import Checkpoints
+from pretrain.cli import stops_as_ctrl_c
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig, accumulation_steps, to_yaml
-from pretrain.engine.engine import Engine, LossRows
+from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
-from pretrain.evaluation.validation import Best, Evaluation
-from pretrain.examples.stream import ExampleStream
+from pretrain.evaluation.validation import Best
 from pretrain.files import NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
 from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
+from pretrain.plan import Plan, check_sample, notes, what_would_run, writes_sample
 from pretrain.report import page
 from pretrain.report.log import Log
-from pretrain.stream.stream import DataError, Stream
-from pretrain.tokenizer.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that passed every check: its config, the model with its vocabulary, the data, opened."""
-
-    config: Config
-    model: ModelConfig
-    tokenizer: Tokenizer
-    stream: Stream | ExampleStream
-    collate: Callable  # rows of the stream -> a batch
-    loss_rows: LossRows
-    validation: Evaluation | None
-    flops_per_token: Callable[[float], float]  # of a sequence length
-    identity: dict  # of the data: another one is another run
-    changes: tuple[str, ...]  # of the config, since the run was last started
-    find_new: Callable[[], tuple[str, ...]]  # parameters that `init` does not have; ValueError where it cannot start it
-    new_parameters: tuple[str, ...] | None  # those, where the run begins
-    files: dict[str, bytes]  # further ones of the run's folder
-    trainable: Callable[[str], bool] = lambda name: True
-    lr_scale: Callable[[str], float] = lambda name: 1.0
-    best_metric: str | None = None
-
+from pretrain.stream.stream import DataError
 
 MakePlan = Callable[[Config, dist.Ranks], Plan]
 
@@ -67,6 +44,19 @@ MakePlan = Callable[[Config, dist.Ranks], Plan]
 def main(config_name: str, make_plan: MakePlan) -> None:
     """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
     console.outlive("stdout", "stderr", unhurried=True)
+    try:
+        with stops_as_ctrl_c():
+            begun = begin(config_name, make_plan)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted before training began: nothing is lost, run the same command again", file=sys.stderr)
+        dist.finish(130)
+    if begun is not None:
+        dist.finish(run_guarded(*begun))
+
+
+def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torch.device] | None:
+    """Everything up to the run, which all ranks agree on; None where the command line only asks for something."""
     check_only = "--check" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--check"]
     try:
@@ -76,7 +66,7 @@ def main(config_name: str, make_plan: MakePlan) -> None:
     try:
         cfg = compose.from_command_line(config_name, model_of)
         if cfg is None:
-            return
+            return None
         plan = make_plan(cfg, ranks)
         check_sample(plan)
     except (ValueError, OSError) as error:
@@ -85,14 +75,14 @@ def main(config_name: str, make_plan: MakePlan) -> None:
         refuse([mistake], ranks)
         head = f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong"
         print(head, *notes(plan), *plan.changes, sep="\nnote: ")
-        return
+        return None
     try:
         device = dist.start(ranks)
     except ValueError as error:
         refuse([mistake or str(error)], ranks)
     refuse(dist.all_gather_objects(mistake), ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
-    dist.finish(run_guarded(plan, ranks, device))
+    return plan, ranks, device
 
 
 def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
@@ -210,25 +200,6 @@ def attempt(action: Callable[[], Any], what: str, log: Log) -> Any:
         log.event("not_written", what=what, error=f"{type(error).__name__}: {error}")
 
 
-def notes(plan: Plan) -> list[str]:
-    """What is allowed and seldom meant."""
-    cfg, found = plan.config, []
-    if cfg.schedule.warmup_steps > cfg.train.steps:
-        found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
-                     "the learning rate never reaches optim.lr")  # fmt: skip
-    if cfg.data.val in cfg.data.sources:
-        found.append(f"data.val={cfg.data.val} is trained on too: its figures are not of held-out text")
-    return found
-
-
-def what_would_run(plan: Plan) -> str:
-    """One line for --check."""
-    cfg, size = plan.config, sum(map(math.prod, parameter_shapes(plan.model).values()))
-    found = committed(cfg.run.folder / "checkpoints")
-    start = f"goes on from {found[0].name}" if found else "begins"
-    return f"{start}, {size:,} parameters, to step {cfg.train.steps:,} of {cfg.train.global_batch_size} samples"
-
-
 def tell_contents(plan: Plan, log: Log, is_new: bool) -> None:
     """Events of what a run starts from and of what it reads."""
     if plan.config.init and is_new:
@@ -299,19 +270,6 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
             fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
     trainer.layout.refresh(0)
     return 0
-
-
-def writes_sample(plan: Plan) -> bool:
-    return plan.config.log.sample_tokens > 0 and plan.model.causal and plan.model.head == "lm"
-
-
-def check_sample(plan: Plan) -> None:
-    """`ValueError` for a prompt that the model will not be able to continue, at the end."""
-    if writes_sample(plan):
-        ids = generate.prompt_ids(plan.tokenizer, plan.config.log.sample_prompt)
-        if len(ids) >= plan.model.max_positions:
-            raise ValueError(f"log.sample_prompt has {len(ids)} tokens, and the model {plan.model.max_positions} "
-                             "positions: shorten it, or write no sample with log.sample_tokens=0")  # fmt: skip
 
 
 def write_sample(plan: Plan, step: int) -> None:

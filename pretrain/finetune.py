@@ -26,13 +26,14 @@ from pretrain.hub import convert
 from pretrain.hub.families import fitting_head
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.transformer import flops_per_token
+from pretrain.plan import Plan
 from pretrain.tasks import Task, make_task
 from pretrain.tasks.task import encode_and_tell
 from pretrain.tasks.validation import TaskValidation
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
-def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
+def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     """Read and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
     accumulation_steps(cfg.train, ranks.world_size)
     check_extra(cfg.deepspeed)
@@ -60,7 +61,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
     identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256}
     identity["val"] = validation.examples.fingerprint if validation else "none"
     find_new = functools.partial(new_parameters, cfg, model, task, ranks)
-    return entry.Plan(
+    return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream, collate=task.collate, loss_rows=task.loss_rows,
         validation=validation,
         flops_per_token=functools.partial(flops_per_token, model, frozen=tuning.frozen_layers(cfg.tuning, model)),

@@ -45,12 +45,12 @@ def train_loop(
     config: Config, engine: Engine, data: Data, model: ModelFacts, checkpoints: Checkpoints, guard: Guard, log: Log,
     ranks: Ranks, start_step: int,
 ) -> int:  # fmt: skip
-    """Train from `start_step` to `config.train.steps`, to a stop signal, or until nothing got better for long enough;
-    returns the last step, which is saved. Raises `FloatingPointError` when the guard ends the run.
+    """Train from `start_step` to `config.train.steps`, to a stop signal (one that came before too), or until nothing got
+    better for long enough; returns the last step, which is saved. Raises `FloatingPointError` when the guard ends the run.
     """
     stream, validation, best = data.stream, data.validation, data.best
     batches, told = stream.batches(start_step), stream.quarantine
-    step, stopped = start_step, best.is_over if best else None
+    step, stopped = start_step, (best.is_over if best else None) or guard.agreed_stop()
     while step < config.train.steps and not stopped:
         train = at_step(config.train, step)
         started = time.perf_counter()

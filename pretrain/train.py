@@ -19,12 +19,13 @@ from pretrain.engine.settings import check_extra
 from pretrain.evaluation.validation import Validation
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
+from pretrain.plan import Plan
 from pretrain.stream import opening
 from pretrain.stream.objectives import batch_of, make_objective
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
-def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
+def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
     check_batches(cfg, ranks)
     check_extra(cfg.deepspeed)
@@ -47,7 +48,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> entry.Plan:
         return entry.check_initial_weights(cfg, model, ranks)
 
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
-    return entry.Plan(
+    return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream,
         collate=functools.partial(batch_of, objective),
         loss_rows=functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse),

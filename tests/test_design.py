@@ -19,7 +19,7 @@ FLOORS = (
     {"stream"},
     {"engine", "examples", "inference"},
     {"checkpoint", "evaluation", "prepare"},
-    {"hub", "loop", "run_folder", "tasks"},
+    {"hub", "loop", "plan", "run_folder", "tasks"},
     {"entry", "predict"},
     {"finetune", "train"},
 )

@@ -21,6 +21,7 @@ from pretrain.config.schema import Config
 from pretrain.examples.tables import read_table
 from pretrain.hub import convert
 from pretrain.model.heads import build_model
+from pretrain.plan import Plan
 from pretrain.predict import Predictor
 from pretrain.report.page import MISTAKES as MISTAKES_SHOWN
 from pretrain.report.theme import brief, words
@@ -223,7 +224,7 @@ def test_the_run_explains_itself(runs, case):
 def check(models, examples, tmp_path, monkeypatch):
     """Judge a command line as `--check` does; examples may be given as rows."""
 
-    def run(task: str, *overrides: str, train: list[dict] | None = None, val: list[dict] | None = None) -> entry.Plan:
+    def run(task: str, *overrides: str, train: list[dict] | None = None, val: list[dict] | None = None) -> Plan:
         files = {"train": examples[task] / "train.jsonl", "val": examples[task] / "val.jsonl"}
         for split, rows in (("train", train), ("val", val)):
             if rows is not None:

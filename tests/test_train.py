@@ -308,3 +308,29 @@ def test_a_checkpoint_is_used_from_inside(undisturbed, environment):
     line = forked.program(ROOT / "tools" / "generate.py", ".", "--prompt", "def", "--max-tokens", "3")
     done = subprocess.run(line, env=environment, cwd=checkpoint, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_signal_before_the_first_step_needs_no_step(train, environment):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=early", "train.steps=100000")
+    process = subprocess.Popen(
+        command(2, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = train.root / "early"
+    while not (folder / "config.yaml").exists():  # the peak is being measured, the model built
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(forked.ranks_of(process.pid)[0], signal.SIGTERM)
+    assert process.wait(600) == 0
+    (stop,) = events(folder, "stopped")
+    assert (stop["reason"], stop["step"], journal(folder)) == ("SIGTERM", 0, [])
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_the_data_is_opened_is_answered_at_once(environment, number):
+    program = (
+        "import os, signal, sys, time; from pretrain import entry; sys.argv[1:] = ['run.name=x', 'data.train=x']\n"
+        f"entry.main('pretrain', lambda *_: (os.kill(os.getpid(), signal.{number}), time.sleep(600)))"
+    )
+    done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted before training began: nothing is lost, run the same command again\n"

@@ -16,6 +16,7 @@ from pretrain import dist, entry, finetune, hardware
 from pretrain.config import compose
 from pretrain.engine.fragments import WEIGHT
 from pretrain.loop import agree_on_batch, on_device, split
+from pretrain.plan import Plan
 
 
 def main(asked: dict, out: Path) -> None:
@@ -33,12 +34,12 @@ def main(asked: dict, out: Path) -> None:
     dist.finish(0)
 
 
-def plan_of(overrides: list[str], ranks: dist.Ranks) -> entry.Plan:
+def plan_of(overrides: list[str], ranks: dist.Ranks) -> Plan:
     sys.argv = [sys.argv[0], *overrides]
     return finetune.make_plan(compose.from_command_line("finetune", entry.model_of), ranks)
 
 
-def one_step(plan: entry.Plan, ranks: dist.Ranks, device: torch.device) -> dict[str, float]:
+def one_step(plan: Plan, ranks: dist.Ranks, device: torch.device) -> dict[str, float]:
     """How far each parameter gets in the first step of a run on one rank."""
     trainer = entry.build_engine(plan, "fp32", ranks, device)
     entry.start_from(None, trainer, plan)

@@ -1,0 +1,69 @@
+"""A run that passed every check, and what there is to say of it before it starts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pretrain.checkpoint.manifest import committed
+from pretrain.config.schema import Config, ModelConfig
+from pretrain.engine.engine import LossRows
+from pretrain.evaluation.validation import Evaluation
+from pretrain.examples.stream import ExampleStream
+from pretrain.inference import generate
+from pretrain.model.heads import parameter_shapes
+from pretrain.stream.stream import Stream
+from pretrain.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check: its config, the model with its vocabulary, the data, opened."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    stream: Stream | ExampleStream
+    collate: Callable  # rows of the stream -> a batch
+    loss_rows: LossRows
+    validation: Evaluation | None
+    flops_per_token: Callable[[float], float]  # of a sequence length
+    identity: dict  # of the data: another one is another run
+    changes: tuple[str, ...]  # of the config, since the run was last started
+    find_new: Callable[[], tuple[str, ...]]  # parameters that `init` does not have; ValueError where it cannot start it
+    new_parameters: tuple[str, ...] | None  # those, where the run begins
+    files: dict[str, bytes]  # further ones of the run's folder
+    trainable: Callable[[str], bool] = lambda name: True
+    lr_scale: Callable[[str], float] = lambda name: 1.0
+    best_metric: str | None = None
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is allowed and seldom meant."""
+    cfg, found = plan.config, []
+    if cfg.schedule.warmup_steps > cfg.train.steps:
+        found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
+                     "the learning rate never reaches optim.lr")  # fmt: skip
+    if cfg.data.val in cfg.data.sources:
+        found.append(f"data.val={cfg.data.val} is trained on too: its figures are not of held-out text")
+    return found
+
+
+def what_would_run(plan: Plan) -> str:
+    """One line for --check."""
+    cfg, size = plan.config, sum(map(math.prod, parameter_shapes(plan.model).values()))
+    found = committed(cfg.run.folder / "checkpoints")
+    start = f"goes on from {found[0].name}" if found else "begins"
+    return f"{start}, {size:,} parameters, to step {cfg.train.steps:,} of {cfg.train.global_batch_size} samples"
+
+
+def writes_sample(plan: Plan) -> bool:
+    return plan.config.log.sample_tokens > 0 and plan.model.causal and plan.model.head == "lm"
+
+
+def check_sample(plan: Plan) -> None:
+    """`ValueError` for a prompt that the model will not be able to continue, at the end."""
+    if writes_sample(plan):
+        ids = generate.prompt_ids(plan.tokenizer, plan.config.log.sample_prompt)
+        if len(ids) >= plan.model.max_positions:
+            raise ValueError(f"log.sample_prompt has {len(ids)} tokens, and the model {plan.model.max_positions} "
+                             "positions: shorten it, or write no sample with log.sample_tokens=0")  # fmt: skip
