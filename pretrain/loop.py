@@ -45,8 +45,9 @@ def train_loop(
     config: Config, engine: Engine, data: Data, model: ModelFacts, checkpoints: Checkpoints, guard: Guard, log: Log,
     ranks: Ranks, start_step: int,
 ) -> int:  # fmt: skip
-    """Train from `start_step` to `config.train.steps`, to a stop signal (one that came before too), or until nothing got
-    better for long enough; returns the last step, which is saved. Raises `FloatingPointError` when the guard ends the run.
+    """Train from `start_step` to `config.train.steps`, to a stop signal (one that came before too), or until nothing
+    got better for long enough; returns the last step, which is saved. Raises `FloatingPointError` when the guard ends
+    the run.
     """
     stream, validation, best = data.stream, data.validation, data.best
     batches, told = stream.batches(start_step), stream.quarantine
