@@ -90,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-key", default="text", metavar="KEY", help="field of a JSON object or Parquet column (default: text)")
     add("--include", nargs="+", default=[], metavar="GLOB", help="files of folders to take")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="files and subfolders to leave out")
+    add("--drop-bad", action="store_true", help="leave out rows that are no JSON or have no text (default: stop there)")
     add("--strict", action="store_true", help="refuse invalid UTF-8 (default: replace it by U+FFFD, and count)")
     add_filters(parser)
     add = parser.add_argument_group("how it is stored").add_argument
@@ -169,6 +170,7 @@ def make_settings(args: argparse.Namespace, tokenizer: Tokenizer) -> Settings:
         ),
         dedup=args.dedup,
         dedup_threshold=args.dedup_threshold,
+        drop_bad=args.drop_bad,
     )
 
 

@@ -19,6 +19,7 @@ from pretrain.prepare.finding import TABLE_SUFFIXES, InputFile
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 _BLOCK = 1 << 20
+BAD_ROWS = 100  # that are kept with their reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class Document:
 
 @dataclass
 class Counts:
-    """What reading met: documents, empty ones (left out), those with invalid characters (replaced by U+FFFD), and
-    members of tars that are no documents.
+    """What reading met: documents, empty ones (left out), those with invalid characters (replaced by U+FFFD), members
+    of tars that are no documents, and bad rows that were to be left out.
     """
 
     documents: int = 0
@@ -54,6 +55,8 @@ class Counts:
     invalid: int = 0
     ignored_members: int = 0
     invalid_files: list[str] = field(default_factory=list)  # the first few
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)  # the first, with file, place and reason
 
     def merge(self, other: "Counts") -> None:
         """Add what was read after this."""
@@ -62,15 +65,24 @@ class Counts:
         self.invalid += other.invalid
         self.ignored_members += other.ignored_members
         self.invalid_files = list(dict.fromkeys(self.invalid_files + other.invalid_files))[:3]
+        self.bad += other.bad
+        self.bad_rows = (self.bad_rows + other.bad_rows)[:BAD_ROWS]
 
     def add_invalid(self, path: Path) -> None:
         self.invalid += 1
         if len(self.invalid_files) < 3 and str(path) not in self.invalid_files:
             self.invalid_files.append(str(path))
 
+    def add_bad(self, reason: str) -> None:
+        self.bad += 1
+        if len(self.bad_rows) < BAD_ROWS:
+            self.bad_rows.append(reason)
+
     def summary(self) -> str:
         """What a user should know of, or an empty string."""
         notes = [f"{self.empty:,} empty documents left out"] if self.empty else []
+        if self.bad:
+            notes.append(f"{self.bad:,} bad rows left out (first: {self.bad_rows[0]})")
         if self.invalid:
             names = ", ".join(self.invalid_files)
             notes.append(f"{self.invalid:,} documents with invalid UTF-8, replaced by U+FFFD (first: {names})")
@@ -109,12 +121,13 @@ def is_held_out(data: bytes, fraction: float) -> bool:
 
 
 def read_documents(
-    pieces: Sequence[Piece | InputFile], text_key: str, counts: Counts, strict: bool = False
-) -> Iterator[Document]:
+    pieces: Sequence[Piece | InputFile], text_key: str, counts: Counts, strict: bool = False, drop_bad: bool = False
+) -> Iterator[Document]:  # fmt: skip
     """The documents of `pieces` that are not empty, in order, counted in `counts`.
 
     `text_key` names the field of a JSON object, or the Parquet column, that holds the text. `ValueError` for what
-    cannot be read, with its file and place; with `strict` also for invalid UTF-8, else it is replaced and counted.
+    cannot be read, with its file and place; with `strict` also for invalid UTF-8, else it is replaced and counted. With
+    `drop_bad` rows that are no JSON, or have no text, are left out and counted.
     """
     unreported = 0  # bytes of input whose documents were empty
     for piece in pieces:
@@ -127,7 +140,14 @@ def read_documents(
                 continue
             unreported += raw.position - position
             position = raw.position
-            if text := _text(raw, piece, text_key, counts, strict):
+            try:
+                text = _text(raw, piece, text_key, counts, strict)
+            except ValueError as error:
+                if not (drop_bad and raw.is_json):
+                    raise
+                counts.add_bad(str(error))
+                continue
+            if text:
                 counts.documents += 1
                 source = f"{piece.path}, {raw.part}" if raw.part else str(piece.path)
                 yield Document(text, unreported, source)

@@ -51,7 +51,7 @@ class Tally:
         dropped = {reason: tally.documents for reason, tally in report.dropped.items() if tally.documents}
         self.pieces[-1] |= {
             "sha256": sha256_of(piece), "invalid": counts.invalid, "ignored_members": counts.ignored_members,
-            "dropped": ({"empty": counts.empty} if counts.empty else {}) | dropped,
+            "dropped": {name: n for name, n in (("empty", counts.empty), ("bad", counts.bad)) if n} | dropped,
         }  # fmt: skip
         self.counts.merge(counts)
         self.report.merge(report)
@@ -168,7 +168,7 @@ def _documents(plan: Plan, number: int, tally: Tally) -> Iterator[_Found]:
     for piece, stat in zip(part.pieces, part.stats, strict=True):
         facts, counts, report = tally.start(piece), Counts(), Report()
         skipped = 0
-        for document in read_documents([piece], settings.text_key, counts, settings.strict):
+        for document in read_documents([piece], settings.text_key, counts, settings.strict, settings.drop_bad):
             skipped += document.input_bytes
             text = filters.apply(document.text, document.source, report)
             if text is not None:

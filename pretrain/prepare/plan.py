@@ -44,6 +44,7 @@ class Settings:
     filters: FilterSettings = FilterSettings()
     dedup: str = "none"
     dedup_threshold: float = 0.8
+    drop_bad: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:

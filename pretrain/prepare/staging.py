@@ -170,7 +170,8 @@ def _check(manifests: list[Manifest], counts: Counts, report: Report, plan: Plan
     shutil.rmtree(plan.staging / PARTS)
     shutil.rmtree(plan.staging / SIGNED, ignore_errors=True)
     if counts.documents == 0:
-        raise ValueError(f"the input holds no text ({counts.empty} empty documents): check --input")
+        bad = f", {counts.bad} bad rows, the first: {counts.bad_rows[0]}" if counts.bad else ""
+        raise ValueError(f"the input holds no text ({counts.empty} empty documents{bad}): check --input")
     if documents == 0:
         raise ValueError(f"nothing is left of {counts.documents} documents: {'; '.join(report.summary())}")
     train, val = (manifest.docs for manifest in manifests)
@@ -216,6 +217,8 @@ def _write_inputs(
             for split, manifest in zip(plan.settings.splits, manifests, strict=True)
         },
     }
+    if counts.bad:
+        facts["bad"] = {"count": counts.bad, "first": counts.bad_rows}
     if passed_over:
         facts["passed_over"] = {"count": len(passed_over), "first": [one._asdict() for one in passed_over[:LISTED]]}
     with open(path, "w", encoding="utf-8", newline="\n") as file:

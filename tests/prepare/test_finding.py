@@ -97,6 +97,23 @@ def test_tables_are_read_as_rows_of_the_text_key(tmp_path):
     assert found[0].source == f"{tmp_path / 'c.json.gz'}, row 1"
 
 
+def test_bad_rows_are_left_out_when_that_is_wanted_and_named(tmp_path, byte_tokenizer, capsys):
+    rows = ['{"text": "one"}', '{"text": ', '{"body": "two"}', '{"text": 3}', '{"text": "four"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    line = ["--input", str(tmp_path / "rows.jsonl"), "--tokenizer", str(byte_tokenizer)]
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: not valid JSON"):
+        write_shards.main([*line, "--output", str(tmp_path / "whole")])
+    write_shards.main([*line, "--output", str(tmp_path / "out"), "--drop-bad"])
+    assert "3 bad rows left out (first: " in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert kept["read"]["documents"] == 2 and kept["bad"]["count"] == kept["inputs"][0]["dropped"]["bad"] == 3
+    places = [reason.partition("rows.jsonl, ")[2].partition(":")[0] for reason in kept["bad"]["first"]]
+    assert places == ["line 2", "line 3", "line 4"]
+    with pytest.raises(ValueError, match=r"holds no text \(0 empty documents, 5 bad rows, the first: .*no field 'txt'"):
+        wrong = [*line, "--text-key", "txt", "--drop-bad"]
+        write_shards.main([*wrong, "--output", str(tmp_path / "none")])
+
+
 WRONG = {
     "a.txt": (gzip.compress(b"x"), "holds .gz data, and its name does not say so: run `mv .*a.txt .*a.txt.gz`$"),
     "b.jsonl": (zstandard.compress(b"x"), "holds .zst data, .*run `mv .*b.jsonl .*b.jsonl.zst`$"),
