@@ -46,11 +46,17 @@ class Predictor:
 
     def figures(self, table: Table, batch_size: int) -> dict[str, float]:
         """How good it is on a table that has what is to be predicted; rows that are left out are said."""
+        return self.judged(table, batch_size)[0]
+
+    def judged(self, table: Table, batch_size: int) -> tuple[dict[str, float], list[dict]]:
+        """`figures`, and those of each label where the task has them."""
         examples = encode_and_tell(self.task, table)
-        found = TaskValidation(self.task, table, examples, batch_size).run(self._evaluate, dist.ALONE, self.device)
+        validation = TaskValidation(self.task, table, examples, batch_size)
+        found = validation.run(self._evaluate, dist.ALONE, self.device)
         if self.task.config.class_weights != "none":
             found.pop("val_loss")  # it is not weighted here: the weights are those of the training examples
-        return {name.removeprefix("val_"): value for name, value in found.items() if math.isfinite(value)}
+        figures = {name.removeprefix("val_"): value for name, value in found.items() if math.isfinite(value)}
+        return figures, validation.facts.get("per_label", [])
 
     @torch.no_grad()
     def _evaluate(self, function: Callable[..., torch.Tensor], **batch: torch.Tensor) -> torch.Tensor:

@@ -50,10 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     if writes:
         write(predictor, table, args)
     if args.score:
-        figures = predictor.figures(table, args.batch_size)
+        figures, of_each = predictor.judged(table, args.batch_size)
         print(f"{args.run} on {table.location}")
         for name, value in figures.items():
             print(f"  {name:18} {value:10.4f}")
+        if of_each:
+            print(f"  {'label':18} {'precision':>10} {'recall':>10} {'f1':>10} {'support':>10}")
+        for row in of_each:
+            values = "".join(f" {row[name]:10.4f}" for name in ("precision", "recall", "f1"))
+            print(f"  {row['label']:18}{values} {row['support']:10,}")
 
 
 def write(predictor: Predictor, table: Table, args: argparse.Namespace) -> None:

@@ -36,6 +36,16 @@ def classification(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str
     return {"accuracy": float(right.sum() / table.sum()), "macro_f1": float(f1.mean())}
 
 
+def per_label(table: np.ndarray, labels: Sequence[str]) -> list[dict[str, float | str]]:
+    """Precision, recall and F1 of each label, and how many examples have it (support), out of a `confusion`."""
+    right, gold, predicted = table.diagonal(), table.sum(1), table.sum(0)
+    columns = _ratio(right, predicted), _ratio(right, gold), _ratio(2 * right, gold + predicted)
+    return [
+        {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for label, p, r, f, n in zip(labels, *columns, gold, strict=True)
+    ]
+
+
 def multi_label(gold: np.ndarray, predicted: np.ndarray) -> Figures:
     """bool[n, c]: which of c labels each example has. subset_accuracy: the share with all labels right."""
     gold, predicted = np.asarray(gold, dtype=bool), np.asarray(predicted, dtype=bool)

@@ -157,6 +157,10 @@ def _task(task: dict[str, Any], result: dict[str, Any]) -> str:
     if labels and confusion:
         parts.append("<h3>Labels (rows) and what was predicted (columns)</h3>")
         parts.append(theme.table(([label, *row] for label, row in zip(labels, confusion, strict=False)), ["", *labels]))
+    if (of_each := result.get("per_label")) and isinstance(of_each, list):
+        parts.append("<h3>Each label</h3>")
+        named = {str(row.get("label")): {name: row[name] for name in row if name != "label"} for row in of_each}
+        parts.append(theme.records(named))
     name = str(task.get("name") or "task").replace("_", " ")
     return theme.section(f"Fine-tuned: {esc(name)}", "".join(parts))
 

@@ -103,6 +103,7 @@ class Classification(HeadTask):
             figures = metrics.classification(labels.values, predictions.argmax(1), self.labels)
             table_of = metrics.confusion(labels.values, predictions.argmax(1), count)
             facts = {"labels": self.labels, "confusion": table_of.tolist()}
+            facts["per_label"] = metrics.per_label(table_of, self.labels)
         details = []
         for number, told in enumerate(self.outputs(table, examples, predictions)):
             gold = self._names(labels[number])

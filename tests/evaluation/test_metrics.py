@@ -20,6 +20,10 @@ def test_classification_is_scikit_learns():
         assert figures["macro_f1"] == pytest.approx(expected, abs=1e-12)
         table = sklearn.confusion_matrix(gold, predicted, labels=range(classes))
         assert (metrics.confusion(gold, predicted, classes) == table).all()
+        theirs = sklearn.precision_recall_fscore_support(gold, predicted, labels=range(classes), zero_division=0)
+        ours = metrics.per_label(table, list(map(str, range(classes))))
+        for name, column in zip(("precision", "recall", "f1", "support"), theirs, strict=True):
+            assert [row[name] for row in ours] == pytest.approx(column.tolist())
 
 
 def test_a_label_that_does_not_occur_counts_as_0():

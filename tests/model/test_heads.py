@@ -165,11 +165,11 @@ def test_a_row_of_nothing_but_padding_is_no_nan():
 
 def test_poolings_of_sentence_transformers_are_known_or_left_alone():
     config = replace(tiny("embedding"), pooling="mean")
-    files = sentences.sentence_files(config)
+    files = sentences.sentence_files(config, 64)
     modules, settings = files["modules.json"], files["1_Pooling/config.json"]
     assert settings["word_embedding_dimension"] == 64
     for pooling in ("first", "last", "mean"):
-        written = sentences.sentence_files(replace(config, pooling=pooling))
+        written = sentences.sentence_files(replace(config, pooling=pooling), 64)
         assert sentences.pooling_of(written["modules.json"], written["1_Pooling/config.json"]) == pooling
     assert sentences.pooling_of(modules, {"embedding_dimension": 64, "pooling_mode": "lasttoken"}) == "last"
     assert sentences.pooling_of(modules, {"pooling_mode": "max"}) is None

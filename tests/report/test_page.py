@@ -210,7 +210,8 @@ def tuned_run(run_dir):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "task.json").write_text(json.dumps({"name": "token_classification", "labels": ["<a>", "b"]}))
     result = {"metric": "val_macro_f1", "best": 0.7, "step": 20, "figures": {"val_macro_f1": 0.7, "val_loss": 1 / 3},
-              "labels": ["<a>", "b"], "confusion": [[31, 2], [3, 47]]}  # fmt: skip
+              "labels": ["<a>", "b"], "confusion": [[31, 2], [3, 47]],
+              "per_label": [{"label": "<a>", "precision": 31 / 34, "recall": 0.5, "support": 33}]}  # fmt: skip
     (run_dir / "result.json").write_text(json.dumps(result))
     texts = [f"<img src={number}> " + "long " * 100 for number in range(25)]
     wrong = [{"right": False, "score": 0.75, "text": text, "gold": ["b"], "prediction": "<a>"} for text in texts]
@@ -230,6 +231,7 @@ def test_a_fine_tuned_run(tmp_path):
     assert "Fine-tuned: token classification" in text and "The best evaluation by macro F1: step 20." in text
     assert "macro F1 loss validation 0.7 0.3333" in text
     assert "<a> b <a> 31 2 b 3 47" in text  # the header, then a row for each label
+    assert "Each label precision recall support <a> 0.9118 0.5 33" in text
     assert page.tags.count("img") == 0 and "<img src=19>" in text and "<img src=20>" not in text  # the first 20
     assert "all is well" not in text and "text gold prediction score" in text and "… b <a> 0.75" in text
 

@@ -164,7 +164,9 @@ def test_one_label_is_scored(words, tmp_path):
     f1 = {"x": 2 * 1 / (2 + 1), "y": 2 * 1 / (1 + 2), "z": 1.0}
     assert figures == pytest.approx({"accuracy": 0.75, "macro_f1": sum(f1.values()) / 3}, rel=1e-6)
     assert set(task.figures_of(examples)) == {"loss", *figures}
+    of_each = facts.pop("per_label")
     assert facts == {"labels": ["x", "y", "z"], "confusion": [[1, 1, 0], [0, 1, 0], [0, 0, 1]]}
+    assert of_each[0] == {"label": "x", "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert details[2] == {"text": "w2", "gold": "x", "prediction": "y", "right": False,
                           "score": pytest.approx(math.e / (math.e + 2))}  # fmt: skip
     assert [row["right"] for row in details] == [True, True, False, True]

@@ -185,6 +185,7 @@ def test_the_command_writes_rows_with_their_predictions(runs, rows, tmp_path, ca
     predict.main([*line, "--output", str(output), "--score"])
     said, progress = capsys.readouterr()
     assert f"50 predictions in {output}" in said and "macro_f1" in said and "50/50" in progress
+    assert "label               precision     recall         f1    support\n  a " in said
     expected = [row | {"prediction": one} for row, one in zip(ROWS, told(runs / "classification", rows), strict=True)]
     assert [json.loads(line) for line in output.read_text().splitlines()] == expected
     predict.main([line[0], "task.text=kind", *line[1:]])

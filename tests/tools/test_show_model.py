@@ -87,7 +87,7 @@ def test_a_length_that_nobody_asked_for_fits_the_model(capsys):
 def test_mistakes_are_explained(tool):
     for arguments, said in (
         (["model=llama_14m"], "error: model.vocab_size=0: this model takes the vocabulary of the run's tokenizer"),
-        (["model=llama_9b"], "\tllama_8b\n"),
+        (["model=llama_9b"], "did you mean llama_"),
         (["model=bert_base", "model.layrs=3"], "did you mean model.layers?"),
     ):
         done = tool("show_model.py", *arguments, check=False)
