@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,27 +114,33 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def lock(handle: int, busy: str) -> None:
-    """Lock an open file or folder for this process until it is closed; `ValueError` (`busy`) when another has it."""
+def lock(handle: int, busy: str) -> bool:
+    """Lock an open file or folder for this process until it is closed; `ValueError` (`busy`) when another has it. False
+    where the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError:
         raise ValueError(busy) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
+        return False
 
 
 def take(path: Path) -> str | None:
     """Lock a file, made where there is none, for this process as long as it lives; None, or who else holds it.
 
-    What is in it says who: `process N on HOST`. NFS has such locks; where a file system has none, nobody is kept out.
+    What is in it says who: `process N on HOST`. NFS has such locks; where a file system has none, that is said.
     """
     if path.absolute() in _TAKEN:
         return None
     file = open(path, "a+", encoding="utf-8")  # open as long as the process lives
     try:
-        lock(file.fileno(), "busy")
+        if not lock(file.fileno(), "busy"):
+            print(f"note: {path.parent} is on a disk without locks: nothing keeps a second process from writing there",
+                  file=sys.stderr, flush=True)  # fmt: skip
     except ValueError:
         file.seek(0)
         return file.read().strip() or "another process"

@@ -1,5 +1,6 @@
 """Files that are there complete or not at all, in places that can take them, locked by one process."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -82,3 +83,12 @@ def test_a_lock_is_one_processes_and_goes_with_it(tmp_path):
     assert files.holder(lock) is None and files.take(lock) is None and files.take(lock) is None
     assert f"process {os.getpid()} on " in lock.read_text() and files.holder(lock) is None
     assert files.holder(tmp_path / "none") is None
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    assert files.take(tmp_path / "lock") is None
+    assert f"note: {tmp_path} is on a disk without locks" in capsys.readouterr().err
