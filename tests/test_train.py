@@ -255,10 +255,10 @@ def test_training_goes_on_when_nobody_reads_what_it_says(train, environment):
     assert len(journal(train.root / "unread")) == 24 and events(train.root / "unread", "end")
 
 
-def test_what_fails_after_training_takes_nothing_back(train):
+def test_what_fails_after_training_takes_nothing_back(train, undisturbed):
     (train.root / "pageless" / "report.html").mkdir(parents=True)
     (train.root / "pageless" / "samples.jsonl").mkdir()
-    (train.root / "pageless" / "config.yaml").write_text((train.root / "undisturbed" / "config.yaml").read_text())
+    (train.root / "pageless" / "config.yaml").write_text((undisturbed / "config.yaml").read_text())
     done = train(1, "run.name=pageless", "deepspeed=zero1", "train.steps=2", "train.eval_every=0")
     failed = events(train.root / "pageless", "not_written")
     assert [event["what"] for event in failed] == ["the sample text", "the report"], done.stdout

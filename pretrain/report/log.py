@@ -61,7 +61,7 @@ class Log:
         self._events.write(_json_line({"time": now, "kind": kind, **facts}))
         self._events.flush()
         if self._console.enabled:
-            told = ", ".join(f"{name} {' '.join(str(value).split())}" for name, value in facts.items())
+            told = ", ".join(f"{name} {_brief(value)}" for name, value in facts.items() if value is not None)
             self._console.say(f"{kind}: {told}" if told else kind)
 
     def say(self, text: str) -> None:
@@ -198,6 +198,11 @@ def _figures(row: dict[str, Any]) -> str:
     """Loss, speed and MFU, those that the row has."""
     forms = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
     return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
+
+
+def _brief(value: Any) -> str:
+    """A fact of an event for the console: numbers to four digits, on one line."""
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _json_line(record: dict[str, Any]) -> bytes:

@@ -13,9 +13,12 @@ def esc(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
+    """A value for a reader: numbers to four digits."""
     if value is None:
         return "none"
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(brief, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
