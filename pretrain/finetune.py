@@ -68,6 +68,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         identity=identity,
         changes=run_folder.check(cfg, identity) if ranks.is_main else (),
         find_new=find_new, new_parameters=find_new() if run_folder.begins(cfg) else None,
+        trains_on_held_out=identity["val"] == identity["train"],
         files=files, trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
         best_metric=best_metric(cfg, task, validation) if validation else None,
     )  # fmt: skip

@@ -47,12 +47,14 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         check_tokenizer(cfg.init, tokenizer)
         return entry.check_initial_weights(cfg, model, ranks)
 
+    validation, known = open_validation(cfg, tokenizer, objective), {source.fingerprint for source in sources}
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream,
         collate=functools.partial(batch_of, objective),
         loss_rows=functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse),
-        validation=open_validation(cfg, tokenizer, objective),
+        validation=validation,
+        trains_on_held_out=bool(validation) and not known.isdisjoint(validation.stream.state(0)["fingerprints"]),
         flops_per_token=functools.partial(
             flops_per_token, model, predicted=cfg.objective.mask_rate if sparse else 1.0
         ),

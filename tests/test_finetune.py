@@ -359,6 +359,11 @@ def test_what_changed_of_the_held_out_examples_is_named(check, runs, tmp_path):
         check("classification", *line)
 
 
+def test_examples_that_are_held_out_and_trained_on_are_said(check):
+    assert not check("classification").trains_on_held_out
+    assert check("classification", train=GOOD, val=GOOD).trains_on_held_out
+
+
 def test_another_length_is_named_and_not_the_digest_of_its_examples(check, runs):
     with pytest.raises(ValueError) as refused:
         check("classification", "run.name=classification", f"run.root={runs}", "train.steps=8", "train.seq_len=32")

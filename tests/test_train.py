@@ -334,3 +334,11 @@ def test_a_signal_while_the_data_is_opened_is_answered_at_once(environment, numb
     done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 130
     assert done.stderr == "interrupted before training began: nothing is lost, run the same command again\n"
+
+
+def test_held_out_data_that_is_trained_on_is_said(train, shards):
+    """The splits of one folder are not one data set; a folder without splits is."""
+    said = train(1, "run.name=split", *LENGTH, "--check").stdout
+    assert "trained on too" not in said
+    said = train(1, "run.name=same", *LENGTH, "--check", data=shards / "train").stdout
+    assert f"note: data.val={shards / 'train'} is trained on too: its figures are not of held-out text" in said
