@@ -10,6 +10,8 @@ import threading
 import pytest
 
 from pretrain import files
+from pretrain.hub.convert import staged
+from pretrain.prepare.staging import staging_folder
 from tests import forked
 from tests.forked import ROOT
 
@@ -50,7 +52,11 @@ def test_a_mount_point_and_a_folder_that_cannot_be_written_are_refused_before_an
         with pytest.raises(ValueError, match="disk is a mount point, and cannot be replaced: name a folder inside it"):
             files.check_new_folder(tmp_path / "disk")
         files.check_new_folder(tmp_path / "disk" / "inside" / "out")
+        with pytest.raises(ValueError, match="disk is a mount point"), staging_folder(tmp_path / "disk", "run"):
+            pass
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        with pytest.raises(ValueError, match="disk cannot be written"), staged(tmp_path / "disk" / "out"):
+            pass
         for output in ("out", "inside/out"):
             with pytest.raises(ValueError, match=f"{output}: .*disk cannot be written: name another place"):
                 files.check_new_folder(tmp_path / "disk" / output)

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 
-from pretrain.cli import STOP_SIGNALS
+from pretrain.cli import STOP_SIGNALS, stops_as_ctrl_c
 from pretrain.config.schema import GuardConfig
 from pretrain.guard import Guard
 
@@ -34,3 +35,22 @@ def test_a_signal_is_noted(guard, number):
     assert watching.received == 0
     os.kill(os.getpid(), number)
     assert watching.received == number
+
+
+def test_under_nohup_the_end_of_the_terminal_ends_nothing(guard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watching = guard(GuardConfig("stop"))
+    os.kill(os.getpid(), signal.SIGHUP)
+    with stops_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert watching.received == 0 and watching.agreed_stop() is None
+
+
+def test_a_script_that_started_the_launcher_and_is_gone_is_noticed(guard, monkeypatch):
+    script = subprocess.Popen(["sleep", "600"])
+    monkeypatch.setenv("PRETRAIN_LAUNCH", f"{script.pid}-12345")
+    watching = guard(GuardConfig("stop"))
+    assert watching.agreed_stop() is None
+    script.kill()
+    script.wait()
+    assert watching.agreed_stop() == "the launcher is gone"

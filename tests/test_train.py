@@ -239,7 +239,11 @@ def test_ranks_stop_when_their_launcher_is_gone(train, environment):
     parent = Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1]
     os.kill(int(parent), signal.SIGKILL)
     launch.wait(600)
+    deadline = time.monotonic() + 600
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        if time.monotonic() > deadline:
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     (stop,) = events(folder, "stopped")
     assert stop["reason"] == "the launcher is gone" and (folder / f"checkpoints/step-{stop['step']:09d}").is_dir()

@@ -98,8 +98,10 @@ def open_model(path: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
     """The model on the GPU if there is one, its tokenizer, and the tokens of the texts that it knows."""
     folder = run_of(path)
     config = folder / "config.yaml"
-    said = convert.task_of(path).get("seq_len", LONGEST)  # a Hugging Face folder's own limit
-    longest = compose.read(config).train.seq_len if config.is_file() else said
+    if config.is_file():
+        longest = compose.read(config).train.seq_len
+    else:
+        longest = convert.task_of(path).get("seq_len", LONGEST)  # a Hugging Face folder's own limit
     return convert.load_model(path).to(dist.device_of()), load_tokenizer(folder), longest
 
 

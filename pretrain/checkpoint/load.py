@@ -85,9 +85,7 @@ def checkpoint_of(run_or_checkpoint: Path) -> Path:
     path = Path(run_or_checkpoint)
     found = [path] if (path / MANIFEST).exists() else committed(path / "checkpoints")
     if not found:
-        inside = [str(each.parent) for each in path.glob("*/checkpoints")] + [
-            str(each.parent) for each in path.glob("*/config.json")
-        ]
+        inside = [str(each.parent) for name in ("checkpoints", "config.json") for each in path.glob(f"*/{name}")]
         meant = f"; did you mean {' or '.join(sorted(inside)[:3])}?" if inside else ""
         raise ValueError(f"no checkpoint in {path}: give a run's folder (runs/NAME) that has saved one{meant}")
     result = path / RESULT

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -10,9 +11,9 @@ from typing import BinaryIO
 import zstandard
 
 READ = (".gz", ".zst", ".parquet")
-MAGIC = {  # the first bytes of files of a kind
-    ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1", ".zip": b"PK\x03\x04", ".pdf": b"%PDF-",
-    ".bz2": b"BZh9", ".xz": b"\xfd7zXZ\x00",
+MAGIC = {  # the first bytes of files of a kind, as no text begins
+    ".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd", ".parquet": rb"PAR1[\x00-\x1f]", ".zip": rb"PK\x03\x04",
+    ".pdf": rb"%PDF-[12]\.", ".bz2": rb"BZh[1-9]1AY&", ".xz": rb"\xfd7zXZ\x00",
 }  # fmt: skip
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # what reading a damaged file raises
 
@@ -38,7 +39,7 @@ def check_content(path: Path, file: BinaryIO) -> None:
         raise ValueError(f"{path} is compressed twice: run `{unpack} {path}` first")
     if not head:
         return
-    kind = next((kind for kind, start in MAGIC.items() if head.startswith(start)), None)
+    kind = next((kind for kind, start in MAGIC.items() if re.match(start, head)), None)
     if kind and kind != suffix:
         raise ValueError(f"{path} holds {kind} data, and its name does not say so: run `mv {path} {path}{kind}`"
                          f"{'' if kind in READ else ', and unpack it'}")  # fmt: skip

@@ -22,7 +22,7 @@ _COMPLETE = (1, 4)  # kinds of a piece that ends a record
 
 class WandbRun:
     """The W&B run. `wandb/state.json` holds its id, because `resume=` does nothing offline, and the last step that was
-    handed over. What W&B really has, which may be less where a start was killed, its own files and server say.
+    handed over. Where a start was killed before it could close, W&B may have less: its own files and server say.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class WandbRun:
         self._run = None
         self._state = run_dir / "wandb" / "state.json"
         self._state.parent.mkdir(exist_ok=True)
-        self.id, self._sent_step = self._load_state()
+        self.id, self._sent_step, was_closed = self._load_state()
         self._mark = open(self._state, "r+b", buffering=0)
         # wandb announces credentials before it has read our settings, and reports errors over the network.
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -40,17 +40,18 @@ class WandbRun:
         for mode in ("online", "offline") if config.wandb == "online" else ("offline",):
             try:
                 self._run = _start_wandb(mode, self.id, config.project, run_dir, resolved_config)
-                self._sent_step = min(self._sent_step, self._known_step(run_dir, mode))
+                if not was_closed:
+                    self._sent_step = min(self._sent_step, self._known_step(run_dir, mode))
                 return
             except Exception as error:  # whatever W&B does, training goes on
                 instead = "offline" if mode == "online" else "no W&B"
                 self._report("wandb", problem=f"{mode} failed: {error}", instead=instead)
 
-    def _load_state(self) -> tuple[str, int]:
+    def _load_state(self) -> tuple[str, int, bool]:
         fresh = {"id": uuid.uuid4().hex[:12], "sent_step": 0}
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
-            return str(state["id"]), int(state["sent_step"])
+            return str(state["id"]), int(state["sent_step"]), state.get("closed") is True
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError) as error:
@@ -58,16 +59,16 @@ class WandbRun:
         tmp = self._state.with_suffix(".tmp")
         tmp.write_bytes(_state_bytes(**fresh))
         os.replace(tmp, self._state)
-        return fresh["id"], 0
+        return fresh["id"], 0, True
 
     def _known_step(self, run_dir: Path, mode: str) -> int:
         """The last step that the server has, or files that `wandb sync` brings there. Those of an online start may hold
         rows that were still on their way.
         """
         kind = "offline-run" if mode == "online" else "*run"
-        files = run_dir.glob(f"wandb/{kind}-*-{self.id}/*.wandb")
-        steps = [step for file in files for step in _steps_in(file)]
-        return max([*steps, self._run.starting_step - 1])
+        files = sorted(run_dir.glob(f"wandb/{kind}-*-{self.id}/*.wandb"), key=os.path.getmtime, reverse=True)
+        newest = next(filter(None, (max(_steps_in(file), default=0) for file in files)), 0)
+        return max(newest, self._run.starting_step - 1)
 
     def catch_up(self, journal: Path, start_step: int) -> None:
         """Send the journal's rows that W&B has not seen: of a time when it was disabled, or of a start that was killed
@@ -97,6 +98,7 @@ class WandbRun:
             if self._run is not None:
                 self._run.summary.update(summary)
                 self._run.finish()
+                os.pwrite(self._mark.fileno(), _state_bytes(self.id, self._sent_step, closed=True), 0)
         except Exception as error:
             self._report("wandb", problem=f"finish failed: {error}", instead="`wandb sync` sends what is left")
         self._mark.close()
@@ -126,9 +128,9 @@ def _start_wandb(mode: str, run_id: str, project: str, run_dir: Path, resolved_c
     return run
 
 
-def _state_bytes(id: str, sent_step: int) -> bytes:
+def _state_bytes(id: str, sent_step: int, closed: bool = False) -> bytes:
     """Padded to one length, so that writing it in place leaves nothing of an older one."""
-    return json.dumps({"id": id, "sent_step": sent_step}).ljust(127).encode() + b"\n"
+    return json.dumps({"id": id, "sent_step": sent_step, "closed": closed}).ljust(127).encode() + b"\n"
 
 
 def _steps_in(file: Path) -> Iterator[int]:

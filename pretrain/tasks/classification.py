@@ -41,6 +41,9 @@ class Classification(HeadTask):
         tell_alike(found, table.location)
         return replace(config, labels=sorted(found))
 
+    def check_room(self, texts: int = 1) -> None:
+        super().check_room(2 if self.config.text_pair else texts)
+
     def encode(self, table: Table, with_gold: bool = True) -> Examples:
         read = _reader(self.config, table, with_gold)
 

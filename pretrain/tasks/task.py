@@ -46,11 +46,10 @@ class Task(ABC):
         self.packing, self.seed, self.objective = packing, seed, objective
         self.labels: list[str] = config.labels or []
 
-    def check_room(self) -> None:
-        """`ValueError` where a row has no room for its special tokens and a token of each text."""
-        special, texts = len(self.tokenizer.prefix) + len(ending(self.tokenizer, self.model)), 1
-        if self.config.name == "classification" and self.config.text_pair:
-            special, texts = special + len(self.tokenizer.between), 2
+    def check_room(self, texts: int = 1) -> None:
+        """`ValueError` where a row has no room for its special tokens and a token of each of its texts."""
+        special = len(self.tokenizer.prefix) + len(ending(self.tokenizer, self.model))
+        special += len(self.tokenizer.between) * (texts - 1)
         if self.seq_len < special + texts:
             raise ValueError(f"train.seq_len={self.seq_len} has no room for {special} special tokens and {texts} of "
                              f"text: take {special + texts} or more")  # fmt: skip

@@ -1,5 +1,6 @@
 """Which files are read: each once, whatever its names, as what it is; what is passed over is named with the reason."""
 
+import bz2
 import csv
 import gzip
 import json
@@ -119,6 +120,8 @@ WRONG = {
     "b.jsonl": (zstandard.compress(b"x"), "holds .zst data, .*run `mv .*b.jsonl .*b.jsonl.zst`$"),
     "c.txt": (b"PK\x03\x04...", "holds .zip data, .*c.txt.zip`, and unpack it"),
     "d.txt": (b"%PDF-1.7", "holds .pdf data"),
+    "p.txt": (b"PAR1\x15\x04", "holds .parquet data"),
+    "z.txt": (bz2.compress(b"x"), "holds .bz2 data"),
     "e.txt.gz": (b"plain", "holds no .gz data: give it the name of what it is"),
     "f.jsonl.gz.gz": (gzip.compress(gzip.compress(b"{}")), "is compressed twice: run `gunzip -k"),
     "g.txt": ("caf\u00e9".encode("utf-16"), "is UTF-16, not UTF-8: convert it, as with iconv -f UTF-16"),
@@ -132,6 +135,12 @@ def test_content_that_is_not_what_its_name_says_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find_files([tmp_path / name])
+
+
+def test_text_that_begins_like_another_kind_is_text(tmp_path):
+    for number, text in enumerate(("PAR1 is a gene", "BZh9 is a name", "%PDF- is a mark", "PK is short")):
+        (tmp_path / f"{number}.txt").write_text(text)
+    assert len(find_files([tmp_path]).files) == 4
 
 
 def test_a_mark_before_the_text_is_no_part_of_it(tmp_path):

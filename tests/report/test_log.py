@@ -256,7 +256,14 @@ def test_rows_that_a_killed_start_never_wrote_are_sent_by_the_next(wandb_home):
         log.row(row(step))
     log.close()
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert list(wandb_run._steps_in(file)) == list(range(1, 2001)) and file.stat().st_size > 3 * 32768
+    deadline = time.monotonic() + 600
+    while list(wandb_run._steps_in(file)) != list(range(1, 2001)):  # W&B's process writes on for a moment
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert file.stat().st_size > 3 * 32768
+    state = json.loads((run_dir / "wandb" / "state.json").read_text())
+    assert state["sent_step"] == 2000 and state["closed"]
+    (run_dir / "wandb" / "state.json").write_bytes(wandb_run._state_bytes(state["id"], 2000))  # as before the close
     os.truncate(file, file.stat().st_size // 2)
     kept = list(wandb_run._steps_in(file))
     assert kept == list(range(1, len(kept) + 1)) and 500 < len(kept) < 1500

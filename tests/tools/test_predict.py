@@ -3,6 +3,8 @@
 import datetime
 import decimal
 import json
+import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -216,3 +218,14 @@ def test_what_would_fail_in_the_end_is_refused_before(runs, rows, tmp_path):
     told_before.write_text('{"body": "w1", "prediction": 1}\n')
     with pytest.raises(ValueError, match="told.jsonl has a column 'prediction' already: rename it"):
         predict.main([str(runs / "none"), "--input", str(told_before)])
+
+
+def test_predictions_go_through_a_pipe_and_leave_it_one(runs, rows, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    line = [str(runs / "classification"), "--input", str(rows), "--precision", "fp32"]
+    predict.main([*line, "--output", str(tmp_path / "pipe")])
+    reader.join()
+    assert len(read[0].splitlines()) == 50 and (tmp_path / "pipe").is_fifo()
