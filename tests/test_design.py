@@ -46,7 +46,8 @@ INSIDE = {
         "transformer": {"attention", "lora", "positions"}, "heads": {"lora", "transformer"},
     },
     "report": {
-        "curves": set(), "theme": set(), "wandb_run": set(), "log": {"wandb_run"}, "page": {"curves", "theme"},
+        "curves": set(), "events": set(), "wandb_run": set(), "theme": {"events"}, "log": {"events", "wandb_run"},
+        "page": {"curves", "events", "theme"},
     },
     "stream": {
         "order": set(), "mixture": {"order"}, "objectives": {"order"}, "packing": {"order"},

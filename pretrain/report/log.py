@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pretrain.config.schema import LogConfig
 from pretrain.files import sync_folder
+from pretrain.report.events import told
 from pretrain.report.wandb_run import WandbRun
 
 FORETOLD_AFTER = 5  # steps after the first: how long the rest takes is said once
@@ -61,8 +62,8 @@ class Log:
         self._events.write(_json_line({"time": now, "kind": kind, **facts}))
         self._events.flush()
         if self._console.enabled:
-            told = ", ".join(f"{name} {_brief(value)}" for name, value in facts.items() if value is not None)
-            self._console.say(f"{kind}: {told}" if told else kind)
+            words = told({"kind": kind, **_plain(facts)})
+            self._console.say(f"{kind}: {words}" if words else kind)
 
     def say(self, text: str) -> None:
         """Print above the progress bar, also where the console is off."""
@@ -198,11 +199,6 @@ def _figures(row: dict[str, Any]) -> str:
     """Loss, speed and MFU, those that the row has."""
     forms = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
     return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
-
-
-def _brief(value: Any) -> str:
-    """A fact of an event for the console: numbers to four digits, on one line."""
-    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _json_line(record: dict[str, Any]) -> bytes:

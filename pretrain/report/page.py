@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from pretrain.files import EVALUATION, PREDICTIONS, RESULT, TASK, read_lines, read_object
+from pretrain.report import events as said
 from pretrain.report import theme
 from pretrain.report.curves import panel
 from pretrain.report.theme import esc
@@ -38,15 +39,16 @@ def write_report(run_dir: Path) -> Path:
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     config_text, environment = (_read_text(run_dir / name) for name in ("config.yaml", "environment.json"))
     task, result, evaluation = (read_object(run_dir / name) for name in (TASK, RESULT, EVALUATION))
+    happened = list(read_lines(run_dir / "events.jsonl"))
     body = [
         _header(run_dir.resolve().name, metrics, _total_steps(config_text)),
         _tiles(metrics, bool(task)),
-        _curves(metrics),
+        _curves(metrics, said.marks(happened), evaluation),
         _task(task, result),
         _mistakes(read_lines(run_dir / PREDICTIONS)),
         _suites(evaluation),
         _samples(list(read_lines(run_dir / "samples.jsonl"))),
-        _events(list(read_lines(run_dir / "events.jsonl"))),
+        _events(happened),
         theme.details("Configuration", f"<pre>{esc(config_text)}</pre>" if config_text else ""),
         theme.details("Evaluation on all held-out text", _held_out(evaluation)),
         theme.details("Environment", theme.facts(environment)),
@@ -131,18 +133,25 @@ def _figures(metrics: Metrics) -> dict[str, str]:
     return {name: theme.words(name) for name in found}
 
 
-def _curves(metrics: Metrics) -> str:
+def _curves(metrics: Metrics, marks: dict[str, list[int]], evaluation: dict[str, Any]) -> str:
+    """A panel for each figure of the steps; `marks` are drawn on all of them, and said below."""
+    compressors = {f"{name} -9": evaluation.get(f"{name}_bits_per_byte") for name in ("gzip", "xz")}
+    compressors = {name: value for name, value in compressors.items() if isinstance(value, float)}
     panels = [
-        panel("Loss", metrics, [("loss", "training"), ("val_loss", "validation")]),
-        panel("Validation bits per byte", metrics, [("val_bits_per_byte", "")]),
-        panel("Validation accuracy", metrics, [("val_accuracy", "")]),
-        *(panel(f"Validation {label}", metrics, [(name, "")]) for name, label in _figures(metrics).items()),
-        panel("Learning rate", metrics, [("lr", "")]),
-        panel("Gradient norm", metrics, [("grad_norm", "")]),
-        panel("Tokens per second", metrics, [("tokens_per_second", "")]),
-        panel("MFU", metrics, [("mfu", "")]),
+        panel("Loss", metrics, [("loss", "training"), ("val_loss", "validation")], marks),
+        panel("Validation bits per byte", metrics, [("val_bits_per_byte", "this model")], marks, compressors),
+        panel("Validation accuracy", metrics, [("val_accuracy", "")], marks),
+        *(panel(f"Validation {label}", metrics, [(name, "")], marks) for name, label in _figures(metrics).items()),
+        panel("Learning rate", metrics, [("lr", "")], marks),
+        panel("Gradient norm", metrics, [("grad_norm", "")], marks),
+        panel("Tokens per second", metrics, [("tokens_per_second", "")], marks),
+        panel("MFU", metrics, [("mfu", "")], marks),
     ]
-    return f'<section class="curves">{"".join(panels)}</section>' if any(panels) else ""
+    if not any(panels):
+        return ""
+    names = {"resume": "resumed (dotted)", "phase": "a new phase (dashed)", "fault": "a fault (red)"}
+    key = "; ".join(f"{names[name]} at step {said.listed(steps)}" for name, steps in marks.items())
+    return f'<section class="curves">{"".join(panels)}</section>' + (f"<p>On the curves: {key}.</p>" if key else "")
 
 
 def _task(task: dict[str, Any], result: dict[str, Any]) -> str:
@@ -156,7 +165,8 @@ def _task(task: dict[str, Any], result: dict[str, Any]) -> str:
     labels, confusion = result.get("labels"), result.get("confusion")
     if labels and confusion:
         parts.append("<h3>Labels (rows) and what was predicted (columns)</h3>")
-        parts.append(theme.table(([label, *row] for label, row in zip(labels, confusion, strict=False)), ["", *labels]))
+        rows = ([label, *row] for label, row in zip(labels, confusion, strict=False))
+        parts.append(theme.table("figures", rows, ["", *labels]))
     if (of_each := result.get("per_label")) and isinstance(of_each, list):
         parts.append("<h3>Each label</h3>")
         named = {str(row.get("label")): {name: row[name] for name in row if name != "label"} for row in of_each}
@@ -172,18 +182,20 @@ def _mistakes(predictions: Iterator[dict[str, Any]]) -> str:
         return ""
     columns = [name for name in wrong[0] if name not in ("right", "gold", "prediction")]
     columns = [*(name for name in columns if name != "score"), "gold", "prediction", *{"score"} & {*columns}]
-    rows = [[_cut(theme.brief(row.get(name, ""))) for name in columns] for row in wrong]
-    return theme.section("What it got wrong", theme.table(rows, [theme.words(name) for name in columns]))
+    rows = [[_cut(row.get(name, "")) for name in columns] for row in wrong]
+    return theme.section("What it got wrong", theme.table("texts", rows, [theme.words(name) for name in columns]))
 
 
-def _cut(text: str) -> str:
+def _cut(value: Any) -> str:
+    """What an example says, or was taken for, as far as a table has room for it; tags and answers with their commas."""
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else said.brief(value)
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _held_out(evaluation: dict[str, Any]) -> str:
     """The figures of tools/evaluate.py that are of no suite."""
-    plain = {name: value for name, value in evaluation.items() if not isinstance(value, dict)}
-    return theme.table(plain.items()) if plain else ""
+    plain = {theme.words(name): value for name, value in evaluation.items() if not isinstance(value, dict)}
+    return theme.table("facts", plain.items()) if plain else ""
 
 
 def _suites(evaluation: dict[str, Any]) -> str:
@@ -192,8 +204,8 @@ def _suites(evaluation: dict[str, Any]) -> str:
     for name, title in SUITES.items():
         found = evaluation.get(name) or {}
         rows = {what: record for what, record in found.items() if isinstance(record, dict)}
-        said = ", ".join(f"{theme.words(key)} {theme.brief(value)}" for key, value in found.items() if key not in rows)
-        sections.append(theme.section(title, f"<p>{esc(said)}</p>{theme.records(rows)}" if rows else ""))
+        facts = ", ".join(f"{theme.words(key)} {said.brief(value)}" for key, value in found.items() if key not in rows)
+        sections.append(theme.section(title, f"<p>{esc(facts)}</p>{theme.records(rows)}" if rows else ""))
     return "".join(sections)
 
 
@@ -210,14 +222,12 @@ def _samples(samples: list[dict[str, Any]]) -> str:
 def _events(events: list[dict[str, Any]]) -> str:
     if not events:
         return ""
-    rows = []
-    for event in events[-EVENTS:]:
-        facts = ", ".join(f"{key} {theme.brief(value)}" for key, value in event.items() if key not in ("time", "kind"))
-        when = str(event.get("time", ""))[:19].replace("T", " ")
-        cells = (f"<time>{esc(when)}</time>", f"<b>{esc(event.get('kind'))}</b>", esc(facts))
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    more = f"<p>The last {EVENTS} of {len(events):,}.</p>" if len(events) > EVENTS else ""
-    return theme.section("Events", f'{more}<div class="wide"><table>{"".join(rows)}</table></div>')
+    rows = [
+        [said.clock(group[0]), theme.words(str(group[0].get("kind"))), said.told_together(group)]
+        for group in said.folded(events)
+    ]
+    more = f"<p>The last {EVENTS} of {len(rows):,}.</p>" if len(rows) > EVENTS else ""
+    return theme.section("Events", more + theme.table("events", rows[-EVENTS:]))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

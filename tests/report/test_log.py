@@ -171,7 +171,7 @@ def test_on_a_terminal_there_is_one_bar_and_lines_above_it(tmp_path, capsys, mon
         log.row(row(step))
     log.say("above")
     log.close()
-    assert capsys.readouterr().out.startswith("journal: step 2, rows_missing 2\nabove")
+    assert capsys.readouterr().out.startswith("journal: rows of step 2: 2 before it missing\nabove")
     assert "10/10 [" in screen.getvalue() and "loss 0.1000, 2,900 tokens/s, MFU 62.3%" in screen.getvalue()
     assert screen.getvalue().count("\n") == 1
 

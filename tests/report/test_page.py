@@ -76,7 +76,7 @@ def write_run(run_dir, rows):
     (run_dir / "config.yaml").write_text(f"train:\n  steps: {rows}\nmodel: '<script>alert(1)</script>'\n")
     (run_dir / "events.jsonl").write_text(
         '{"time": "2026-11-24T09:46:28.939+00:00", "kind": "start", "ranks": 2}\n'
-        '{"time": "2026-11-24T09:48:28.939+00:00", "kind": "skip", "reason": "<img src=x>"}\n'
+        '{"time": "2026-11-24T09:48:28.939+00:00", "kind": "skip", "because_of": "<img src=x>"}\n'
     )
     samples = [{"step": s, "prompt": "def <f>(", "text": f"def <f>(x):\n    return {s} & x"} for s in (1, rows)]
     (run_dir / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -99,7 +99,7 @@ def test_a_whole_run(tmp_path):
         ("MFU", "62.0%", "median"),
         ("Tokens seen", "819.2k", "819,200"),
     ]
-    assert "2026-11-24 09:46:28 start ranks 2" in text and "reason <img src=x>" in text
+    assert "2026-11-24 09:46:28 start ranks 2" in text and "because of <img src=x>" in text
     assert text.index("return 200 & x") < text.index("return 1 & x")
     assert "torch 2.13.0" in text and "gpus none" in text and "<script>alert(1)</script>" in text
 
@@ -158,7 +158,8 @@ def test_long_runs_are_thinned_without_hiding_a_spike(tmp_path):
     step = np.arange(1, 100_001, dtype=np.float64)
     value = np.ones_like(step)
     value[77_777], value[5] = 50.0, math.nan
-    x, mean, low, high = curves._thin(step, value)
+    x, mean, low, high, breaks = curves._thin(step, value, True)
+    assert breaks.tolist() == [1]  # after the first lot, which holds the row without a number
     assert x.size == mean.size == low.size == high.size == curves.POINTS
     assert high.max() == 50.0 and low.min() == 1.0 and np.isfinite(mean).all()
     assert abs(x[high.argmax()] - 77_778) < 100 and (np.diff(x) > 0).all()
@@ -269,4 +270,63 @@ def test_what_the_evaluation_tool_found_is_in_tables(tmp_path):
     assert "accuracy chance repeat loss next_passage 0.6123 0.25 copying 0.5" in text
     assert "step 2 windows exact once 1000 0.001" in text
     assert "step 3, limit none acc acc stderr hellaswag 0.3 0.01" in text and page.tags.count("section") >= 4
-    assert "Evaluation on all held-out text step 3 val_loss 2.5" in text
+    assert "Evaluation on all held-out text step 3 loss 2.5" in text
+
+
+def test_what_happened_is_marked_on_the_curves_and_said(tmp_path):
+    write_run(tmp_path, 200)
+    plain, _, text = read(write_report(tmp_path))
+    assert "var(--bad)" not in plain.split("</style>")[1] and "On the curves" not in text
+    saves = [{"kind": "saved", "step": step, "seconds": 0.5, "megabytes": 3.0} for step in (50, 100, 150)]
+    happened = [
+        {"kind": "resume", "step": 40}, {"kind": "phase", "from_step": 60}, {"kind": "not_finite", "step": 90},
+        {"kind": "phase", "from_step": 300}, *saves,
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in happened))
+    html, _, text = read(write_report(tmp_path))
+    marked = html.split("</style>")[1]
+    assert marked.count("var(--bad)") == 6  # a line a panel
+    drawn = [len(re.findall("stroke-dasharray: [^n]", page)) for page in (plain, marked)]
+    assert drawn[1] - drawn[0] == 12  # one resume and one phase a panel: what is to come is not drawn
+    assert "resumed (dotted) at step 40; a new phase (dashed) at step 60, 300; a fault (red) at step 90." in text
+    assert "saved 3 times until" in text and "steps 50 to 150: 3 MB each, in 0.5 s" in text
+
+
+def test_rows_that_are_missing_are_a_gap(tmp_path):
+    def pieces(title):
+        html, _, _ = read(write_report(tmp_path))
+        svg = re.search(rf'<svg[^>]*aria-label="{title}".*?</svg>', html, flags=re.DOTALL)[0]
+        path = max(re.findall(r' d="(M[^"]*)"', svg), key=lambda path: path.count("L"))
+        return path.count("M"), path.count("L") + path.count("M")
+
+    write_run(tmp_path, 20)
+    rows = [row | {"loss": 2.0, "grad_norm": 0.5} for row in journal(tmp_path)]
+    for kept, expected in ((rows, (1, 20)), (rows[:8] + rows[12:], (2, 16))):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        assert pieces("Gradient norm") == expected
+    rows[9]["grad_norm"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pieces("Gradient norm") == (2, 19)
+    assert pieces("Validation bits per byte") == (1, 10)  # of every second row, as it should be
+
+
+def test_compressors_are_lines_and_an_accuracy_has_its_own_scale(tmp_path):
+    tuned_run(tmp_path)
+    rows = [
+        row | ({"val_accuracy": 0.9 + row["step"] / 1000} if "val_accuracy" in row else {}) for row in journal(tmp_path)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"val_bits_per_byte": 1.25}) + "\n" for row in rows)
+    )
+    (tmp_path / "evaluation.json").write_text('{"gzip_bits_per_byte": 1.842, "xz_bits_per_byte": 1.566}')
+    html, _, _ = read(write_report(tmp_path))
+    panels = dict(re.findall(r'<svg[^>]*aria-label="([^"]*)"(.*?)</svg>', html, flags=re.DOTALL))
+    assert re.findall(r">(gzip -9|xz -9|this model)<", panels["Validation bits per byte"]) == [
+        "gzip -9",
+        "xz -9",
+        "this model",
+    ]
+    shares = [float(share) for share in re.findall(r">([\d.]+)%<", panels["Validation accuracy"])]
+    assert 90 <= min(shares) and max(shares) <= 93
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert "gzip" not in read(write_report(tmp_path))[0]
