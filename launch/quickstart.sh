@@ -49,7 +49,10 @@ while kill -0 "$trainer" 2>/dev/null; do  # a signal ends the wait before the tr
     wait "$trainer" || code=$?
 done
 trap - INT TERM
-[[ -z $stopped ]] || { echo "stopped; launch/quickstart.sh goes on from here"; exit 130; }
+if [[ -n $stopped ]] || ((code == 75)); then
+    echo "stopped; launch/quickstart.sh goes on from here"
+    exit 75
+fi
 ((code == 0)) || exit "$code"
 
 unset OMP_NUM_THREADS  # one process from here on: all cores

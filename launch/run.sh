@@ -18,7 +18,7 @@ MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 PYTHON=${PYTHON:-$checkout/.venv/bin/python}
 export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}  # this checkout's code, from whatever folder it is started
 
-launcher= first_signal= hostfile=
+launcher= first_signal= hostfile= told=
 launch_id=$$-$RANDOM$RANDOM  # in the environment of every process of this launch, by which it is found again
 
 check_settings() {
@@ -64,7 +64,7 @@ forward() {  # the trap of all signals
 
 supervise() {  # run a command to its end, with signals forwarded; returns its exit code
     set -m  # in a process group of its own: Ctrl-C in the terminal reaches this script only
-    PRETRAIN_LAUNCH=$launch_id "$@" </dev/null &
+    PRETRAIN_LAUNCH=$launch_id PRETRAIN_EXIT_CODE=$told "$@" </dev/null &
     launcher=$!
     set +m
     [[ -z $first_signal ]] || kill -TERM "$launcher" 2>/dev/null || true  # it came while nothing was running
@@ -94,7 +94,8 @@ finish() {  # leave no process behind, whatever happened
         sleep 0.2
     done
     [[ -z $pids ]] || kill -KILL $pids 2>/dev/null || true
-    [[ -z $hostfile ]] || rm -f "$hostfile"
+    [[ ! -s $told ]] || code=$(head -n 1 "$told")  # of the ranks: torchrun makes 1 of every code
+    rm -f "$hostfile" "$told"
     exit "$code"
 }
 
@@ -111,6 +112,7 @@ show_only() {  # --help, --cfg job and the like print something once and start n
 prepare() {  # prepare OVERRIDES... : judge settings, configuration and data; on a mistake the script ends here
     check_settings
     ! show_only "$@" || exec "$PYTHON" -m "$MODULE" "$@"
+    told=$(mktemp)
     trap finish EXIT
     for signal in TERM INT HUP USR1; do
         trap "forward $signal" "$signal"

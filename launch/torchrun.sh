@@ -9,8 +9,8 @@
 #
 # Settings (environment): NPROC ranks on each node (default: its GPUs, else 2), NNODES, NODE_RANK, MASTER_ADDR,
 # MASTER_PORT (default on one node: a free one; on several: 29500), MODULE (pretrain.train), PYTHON (.venv/bin/python).
-# SIGTERM, SIGUSR1 or Ctrl-C: the run saves a checkpoint and stops with exit code 0; a second Ctrl-C stops at once.
-# Exit code 2: a mistake in the configuration or the data, explained in one message.
+# SIGTERM, SIGUSR1 or Ctrl-C: the run saves a checkpoint and stops with exit code 75; a second Ctrl-C stops at once.
+# Exit code 2: a mistake in the configuration or the data, explained in one message. All codes: launch/README.md.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 prepare "$@"

@@ -1,4 +1,4 @@
-"""How every command line of the project ends: one clear message and exit code 2 for a user's mistake, no traceback."""
+"""How every command line of the project ends: with a code of one table, and for a user's mistake one clear message."""
 
 import contextlib
 import difflib
@@ -14,8 +14,16 @@ from pretrain.console import outlive
 # SIGUSR1: Slurm's, before time is up; SIGHUP: the terminal is gone, and under nohup it is ignored
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
+# Exit codes, of sysexits.h where it has one; launch/README.md explains them.
+FINISHED, FAILED, MISTAKE = 0, 1, 2
+HELD = 69  # another process has the run, or the output; EX_UNAVAILABLE
+STOPPED = 75  # on request, before it was done: started again, it goes on; EX_TEMPFAIL
 
 LISTED = 20  # names in a message
+
+
+class Held(ValueError):
+    """Another process works on what this one was to work on."""
 
 
 def how_to_install(extra: str) -> str:
@@ -40,8 +48,9 @@ def check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} is not UTF-8: type it, or rename the file, in UTF-8") from None
 
 
-def run_tool(main: Callable[[], None], tells: bool = False) -> None:
-    """Run a tool's `main`; `ValueError` and `OSError` become one message on stderr and exit code 2, Ctrl-C 130.
+def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "no output was written") -> None:
+    """Run a tool's `main`; `ValueError`, `OSError` and Ctrl-C become one message on stderr and a code of the table.
+    `kept`: what there is of the work after Ctrl-C.
 
     Nothing that stderr does ends it; nor stdout, where that only `tells` of work whose result is elsewhere. Where the
     result is what is printed, the tool ends quietly when its reader left, with the code that SIGPIPE would give.
@@ -57,10 +66,10 @@ def run_tool(main: Callable[[], None], tells: bool = False) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(HELD if isinstance(error, Held) else MISTAKE)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"interrupted: {kept}; run the same command again", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 @contextlib.contextmanager

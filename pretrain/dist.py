@@ -17,7 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from pretrain.cli import FAILED, FINISHED
+
 TIMEOUT = timedelta(minutes=30)
+EXIT_CODE = "PRETRAIN_EXIT_CODE"  # the environment variable that names the file for a code
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers set, and a process alone has
 UNSET = ("start the run with a launcher (launch/torchrun.sh, launch/slurm.sbatch), which sets all of them, or alone, "
          "after `unset RANK WORLD_SIZE LOCAL_RANK`")  # fmt: skip
@@ -134,9 +137,20 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def finish(code: int) -> None:
-    """Leave at once with this exit code: gloo's teardown now and then aborts a process whose work is done."""
-    if torch_dist.is_initialized() and code == 0:
+    """Leave at once with this exit code: gloo's teardown now and then aborts a process whose work is done.
+
+    A script of launch/ names a file for a code that is neither success nor failure. Where all ranks agree, its launcher
+    sees success then: torchrun would make 1 of the code, and srun would end the ranks that are a moment later.
+    """
+    is_agreed = torch_dist.is_initialized() and code != FAILED
+    if is_agreed:
         barrier()
+    told = os.environ.get(EXIT_CODE)
+    if told and code not in (FINISHED, FAILED):
+        if os.path.exists(told):  # not on the other nodes of a Slurm job
+            with open(told, "a", encoding="utf-8") as file:
+                file.write(f"{code}\n")
+        code = FINISHED if is_agreed else code
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "drain", stream.flush)()
     os._exit(code)

@@ -20,7 +20,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, load_model, read_header
 from pretrain.checkpoint.manifest import step_folder
 from pretrain.checkpoint.save import Checkpoints
-from pretrain.cli import stops_as_ctrl_c
+from pretrain.cli import FAILED, FINISHED, HELD, MISTAKE, STOPPED, Held, stops_as_ctrl_c
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig, accumulation_steps, to_yaml
 from pretrain.engine.engine import Engine
@@ -39,10 +39,11 @@ from pretrain.report.log import Log
 from pretrain.stream.stream import DataError
 
 MakePlan = Callable[[Config, dist.Ranks], Plan]
+Refusal = tuple[int, str] | None  # exit code and message
 
 
 def main(config_name: str, make_plan: MakePlan) -> None:
-    """The command line: one voice and exit code 2 for a user's mistake, a traceback and 1 for anything else."""
+    """The command line: one voice for a user's mistake, a traceback for a failure, an exit code for each (`cli`)."""
     console.outlive("stdout", "stderr", unhurried=True)
     try:
         with stops_as_ctrl_c():
@@ -50,7 +51,7 @@ def main(config_name: str, make_plan: MakePlan) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted before training began: nothing is lost, run the same command again", file=sys.stderr)
-        dist.finish(130)
+        dist.finish(STOPPED)
     if begun is not None:
         dist.finish(run_guarded(*begun))
 
@@ -62,7 +63,7 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
     try:
         ranks, plan, mistake = dist.from_environment(is_launched=not check_only), None, None
     except ValueError as error:
-        refuse([str(error)], dist.ALONE)
+        refuse([(MISTAKE, str(error))], dist.ALONE)
     try:
         cfg = compose.from_command_line(config_name, model_of)
         if cfg is None:
@@ -70,7 +71,7 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
         plan = make_plan(cfg, ranks)
         check_sample(plan)
     except (ValueError, OSError) as error:
-        mistake = str(error)
+        mistake = refusal(error)
     if check_only:
         refuse([mistake], ranks)
         head = f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong"
@@ -79,7 +80,7 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
     try:
         device = dist.start(ranks)
     except ValueError as error:
-        refuse([mistake or str(error)], ranks)
+        refuse([mistake or (MISTAKE, str(error))], ranks)
     refuse(dist.all_gather_objects(mistake), ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     return plan, ranks, device
@@ -88,8 +89,7 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
 def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     """The run, and its exit code; what a user can do something about is said in a line, anything else as it is."""
     try:
-        run(plan, ranks, device)
-        return 0
+        return run(plan, ranks, device)
     except FloatingPointError as error:  # on all ranks
         told = str(error) if ranks.is_main else ""
     except DataError as error:  # on the rank that met it
@@ -97,15 +97,15 @@ def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     except OSError as error:
         if error.errno is not None and error.errno not in NO_ROOM:
             traceback.print_exc()
-            return 1
+            return FAILED
         told = (f"{error}: the last checkpoint is good: make room in {plan.config.run.folder}, and run the same "
                 "command to go on from it")  # fmt: skip
     except BaseException:
         traceback.print_exc()
-        return 1
+        return FAILED
     if told:
         print(f"error: {told}", file=sys.stderr)
-    return 1
+    return FAILED
 
 
 def model_of(init: str) -> dict:
@@ -113,20 +113,24 @@ def model_of(init: str) -> dict:
     return asdict(convert.open_model(Path(init)).config)
 
 
-def refuse(mistakes: list[str | None], ranks: dist.Ranks) -> None:
-    """End all ranks with one message when any of them found a mistake."""
-    if any(mistakes):
+def refusal(error: Exception) -> Refusal:
+    return HELD if isinstance(error, Held) else MISTAKE, str(error)
+
+
+def refuse(found: list[Refusal], ranks: dist.Ranks) -> None:
+    """End all ranks with one message when any of them found a reason."""
+    if refused := next(filter(None, found), None):
         if ranks.is_main:
-            print(f"error: {next(filter(None, mistakes))}", file=sys.stderr)
-        dist.finish(2)
+            print(f"error: {refused[1]}", file=sys.stderr)
+        dist.finish(refused[0])
 
 
-def held_elsewhere(plan: Plan) -> str | None:
+def held_elsewhere(plan: Plan) -> Refusal:
     """Take the run's folder for this process; why that cannot be, or None."""
     try:
         run_folder.hold(plan.config.run.folder)
     except (ValueError, OSError) as error:
-        return str(error)
+        return refusal(error)
     return None
 
 
@@ -147,9 +151,9 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     return tuple(new)
 
 
-def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
-    """A checked run on this rank, from its last checkpoint or its first step to the last."""
-    cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard)
+def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
+    """A checked run on this rank, from its last checkpoint or its first step to the last; its exit code."""
+    cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard, tells=ranks.is_main)
     precision = hardware.resolve_precision(cfg.train.precision, device)
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
@@ -190,6 +194,9 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         report = attempt(lambda: str(page.write_report(folder)), "the report", log)
         log.event("end", step=step, of=cfg.train.steps, report=report)
         log.close()
+    if not guard.stopped or step == cfg.train.steps:
+        return FINISHED
+    return STOPPED if guard.was_asked else FAILED
 
 
 def attempt(action: Callable[[], Any], what: str, log: Log) -> Any:

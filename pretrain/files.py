@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli import Held
+
 TASK, RESULT, PREDICTIONS = "task.json", "result.json", "predictions.jsonl"  # in the folder of a fine-tuned run
 EVALUATION, IMPORTED = "evaluation.json", "imported.json"  # in a run's folder: of tools/evaluate.py, tools/import_hf.py
 _TAKEN: dict[Path, Any] = {}  # the locked files of this process
@@ -115,24 +117,25 @@ def sha256_of_file(path: Path) -> str:
 
 
 def lock(handle: int, busy: str) -> bool:
-    """Lock an open file or folder for this process until it is closed; `ValueError` (`busy`) when another has it. False
-    where the file system has no locks.
+    """Lock an open file or folder for this process until it is closed; `Held` (`busy`) when another has it. False where
+    the file system has no locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
-        raise ValueError(busy) from None
+        raise Held(busy) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
         return False
 
 
-def take(path: Path) -> str | None:
+def take(path: Path, about: str = "") -> str | None:
     """Lock a file, made where there is none, for this process as long as it lives; None, or who else holds it.
 
-    What is in it says who: `process N on HOST`. NFS has such locks; where a file system has none, that is said.
+    What is in it says who: `process N on HOST`, and what else there is to say `about` it. NFS has such locks; where a
+    file system has none, that is said.
     """
     if path.absolute() in _TAKEN:
         return None
@@ -141,11 +144,11 @@ def take(path: Path) -> str | None:
         if not lock(file.fileno(), "busy"):
             print(f"note: {path.parent} is on a disk without locks: nothing keeps a second process from writing there",
                   file=sys.stderr, flush=True)  # fmt: skip
-    except ValueError:
+    except Held:
         file.seek(0)
         return file.read().strip() or "another process"
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{about}\n")
     file.flush()
     _TAKEN[path.absolute()] = file
     return None
@@ -158,7 +161,7 @@ def holder(path: Path) -> str | None:
     with open(path, "r+", encoding="utf-8") as file:
         try:
             lock(file.fileno(), "busy")
-        except ValueError:
+        except Held:
             return file.read().strip() or "another process"
     return None
 

@@ -5,6 +5,9 @@ launcher that is gone.
 import math
 import os
 import signal
+import sys
+import threading
+import time
 
 import torch
 
@@ -13,6 +16,7 @@ from pretrain.config.schema import GuardConfig
 from pretrain.dist import all_gather_tensor
 
 ORPHANED = 1000  # above all signals
+ANSWER = "the run saves after this step and stops (Ctrl-C again: at once, unsaved); the same command goes on from there"
 
 
 def launchers() -> set[int]:
@@ -31,15 +35,25 @@ class Guard:
     none (`python -m`) goes on when its shell is gone, as under nohup or setsid; else SIGHUP comes.
     """
 
-    def __init__(self, config: GuardConfig):
-        self.config = config
-        self.received = 0
+    def __init__(self, config: GuardConfig, tells: bool = False):
+        """`tells`: a signal is answered with a line at once."""
+        self.config, self._tells = config, tells
+        self.received, self._since = 0, 0.0
+        self.stopped: str | None = None  # why, once the ranks have agreed
+        self.was_asked = False  # to stop: by a signal, that is
         self.launchers = launchers()
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received and time.monotonic() > self._since + 1:  # `timeout` sends it twice
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received and self._tells:  # by a thread: a print of this one may be what was interrupted
+            said = f"\n{signal.Signals(number).name}: {ANSWER}"
+            threading.Thread(target=print, args=(said,), kwargs={"file": sys.stderr}, daemon=True).start()
+        self._since = self._since or time.monotonic()
         self.received = number
 
     def agreed_stop(self) -> str | None:
@@ -47,8 +61,10 @@ class Guard:
         launcher that is gone. On all ranks.
         """
         gone = ORPHANED if self.launchers - launchers() else 0
-        number = int(all_gather_tensor(torch.tensor([self.received or gone])).max())
-        return "the launcher is gone" if number == ORPHANED else signal.Signals(number).name if number else None
+        if number := int(all_gather_tensor(torch.tensor([self.received or gone])).max()):
+            self.was_asked = number != ORPHANED
+            self.stopped = signal.Signals(number).name if self.was_asked else "the launcher is gone"
+        return self.stopped
 
     def problem(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why the run must end before anything of this step is saved, the same on every rank; None to go on."""

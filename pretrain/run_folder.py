@@ -1,15 +1,24 @@
 """The folder of a run: whose it is, who writes in it, what it was and what may change when it goes on."""
 
+import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pretrain import optim
 from pretrain.checkpoint.manifest import committed
+from pretrain.cli import Held
 from pretrain.config import compose
 from pretrain.config.schema import Config, differences
 from pretrain.files import holder, read_object, take, why_not_in
 
 SHAPES_EXAMPLES = ("train.seq_len:", "data.train:")  # what makes other examples of the same file, or of another
 LOCK = ".lock"  # held by the process that trains, as long as it lives
+PREDECESSOR_SECONDS = 600  # what is left of a launch has so long to save and end before the same launch, restarted
+# Of the launchers that start again what has ended: the variables of their launch and of how often it was restarted.
+RESTARTS = {"Slurm job": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+            "torchrun": ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")}  # fmt: skip
 
 
 def begins(cfg: Config) -> bool:
@@ -25,8 +34,8 @@ def check(cfg: Config, identity: dict) -> tuple[str, ...]:
     _check_place(folder)
     if not folder.exists() or not any(path.name != LOCK for path in folder.iterdir()):
         return ()
-    if other := holder(folder / LOCK):
-        raise ValueError(_busy(folder, other))
+    if other := _without_predecessor(lambda: holder(folder / LOCK)):
+        raise Held(_busy(folder, other))
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run: choose another run.name")
     if cfg.resume == "never":
@@ -48,10 +57,31 @@ def check(cfg: Config, identity: dict) -> tuple[str, ...]:
 
 
 def hold(folder: Path) -> None:
-    """Make the folder, and lock it for this process until it ends; `ValueError` when another one trains there."""
+    """Make the folder, and lock it for this process until it ends; `Held` when another one trains there."""
     folder.mkdir(parents=True, exist_ok=True)
-    if other := take(folder / LOCK):
-        raise ValueError(_busy(folder, other))
+    launch = _launch()[0]
+    if other := _without_predecessor(lambda: take(folder / LOCK, f" ({launch})" if launch else "")):
+        raise Held(_busy(folder, other))
+
+
+def _launch() -> tuple[str, bool]:
+    """The launch that this process belongs to, where its launcher restarts what ended; whether this is a restart."""
+    for name, (variable, count) in RESTARTS.items():
+        if launch := os.environ.get(variable):
+            return f"{name} {launch}", os.environ.get(count, "0") != "0"
+    return "", False
+
+
+def _without_predecessor(ask: Callable[[], str | None]) -> str | None:
+    """Who holds the folder (`ask`), once what is left of this launch from before its restart has ended."""
+    launch, is_restart = _launch()
+    until, told = time.monotonic() + PREDECESSOR_SECONDS, False
+    while (other := ask()) and is_restart and other.endswith(f"({launch})") and time.monotonic() < until:
+        if not told:
+            print(f"waiting until {other} ends, of which this is a restart", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1)
+    return other
 
 
 def _busy(folder: Path, other: str) -> str:

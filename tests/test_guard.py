@@ -9,6 +9,7 @@ import pytest
 from pretrain.cli import STOP_SIGNALS, stops_as_ctrl_c
 from pretrain.config.schema import GuardConfig
 from pretrain.guard import Guard
+from tests import forked
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -35,6 +36,17 @@ def test_a_signal_is_noted(guard, number):
     assert watching.received == 0
     os.kill(os.getpid(), number)
     assert watching.received == number
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(environment):
+    """`timeout` and some terminals send it twice: within a second that is one."""
+    program = (
+        "import os, signal, time; from pretrain.config.schema import GuardConfig; from pretrain.guard import Guard\n"
+        "guard = Guard(GuardConfig('stop')); [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n"
+        "print(guard.received, flush=True); time.sleep(1.1); os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    )
+    done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.stdout, done.returncode) == (f"{signal.SIGINT:d}\n", -signal.SIGINT)
 
 
 def test_under_nohup_the_end_of_the_terminal_ends_nothing(guard):

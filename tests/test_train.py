@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -211,44 +210,6 @@ def test_check_and_cfg_and_help_train_nothing(train):
     assert not (train.root / "checked").exists()
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(train, environment):
-    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=held", "train.steps=100000")
-    first = subprocess.Popen(command(1, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = train.root / "held"
-    try:
-        wait_for_rows(folder, 3, first)
-        holder = f"process {forked.ranks_of(first.pid)[0]} on {socket.gethostname()}"
-        kept = {path: path.read_bytes() for path in folder.iterdir() if path.name in ("config.yaml", "events.jsonl")}
-        for ranks, more in ((1, ()), (2, ()), (1, ("--check",))):
-            second = subprocess.run(command(ranks, *where, *more), env=environment, capture_output=True, text=True)
-            assert second.stderr.count("\n") == 1 and second.returncode == (2 if ranks == 1 else 1), second.stderr
-            assert f"error: {folder} is being trained by {holder}: wait until it ends" in second.stderr
-        assert {path: path.read_bytes() for path in kept} == kept and first.poll() is None
-    finally:
-        first.terminate()
-        assert first.wait(600) == 0
-    assert train(1, "run.name=held", "train.steps=1", check=False).returncode == 0, "the lock went with its process"
-
-
-def test_ranks_stop_when_their_launcher_is_gone(train, environment):
-    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=orphaned", "train.steps=100000")
-    launch = subprocess.Popen(command(2, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = train.root / "orphaned"
-    wait_for_rows(folder, 3, launch)
-    ranks = forked.ranks_of(launch.pid)
-    parent = Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1]
-    os.kill(int(parent), signal.SIGKILL)
-    launch.wait(600)
-    deadline = time.monotonic() + 600
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        if time.monotonic() > deadline:
-            for pid in ranks:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    (stop,) = events(folder, "stopped")
-    assert stop["reason"] == "the launcher is gone" and (folder / f"checkpoints/step-{stop['step']:09d}").is_dir()
-
-
 def test_training_goes_on_when_nobody_reads_what_it_says(train, environment):
     where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=unread", "log.console=true")
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -312,32 +273,6 @@ def test_a_checkpoint_is_used_from_inside(undisturbed, environment):
     line = forked.program(ROOT / "tools" / "generate.py", ".", "--prompt", "def", "--max-tokens", "3")
     done = subprocess.run(line, env=environment, cwd=checkpoint, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_signal_before_the_first_step_needs_no_step(train, environment):
-    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=early", "train.steps=100000")
-    process = subprocess.Popen(
-        command(2, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    folder = train.root / "early"
-    while not (folder / "config.yaml").exists():  # the peak is being measured, the model built
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(forked.ranks_of(process.pid)[0], signal.SIGTERM)
-    assert process.wait(600) == 0
-    (stop,) = events(folder, "stopped")
-    assert (stop["reason"], stop["step"], journal(folder)) == ("SIGTERM", 0, [])
-
-
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_while_the_data_is_opened_is_answered_at_once(environment, number):
-    program = (
-        "import os, signal, sys, time; from pretrain import entry; sys.argv[1:] = ['run.name=x', 'data.train=x']\n"
-        f"entry.main('pretrain', lambda *_: (os.kill(os.getpid(), signal.{number}), time.sleep(600)))"
-    )
-    done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 130
-    assert done.stderr == "interrupted before training began: nothing is lost, run the same command again\n"
 
 
 def test_held_out_data_that_is_trained_on_is_said(train, shards):

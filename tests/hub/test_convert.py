@@ -28,7 +28,7 @@ from pretrain.checkpoint.load import Weights, load_model  # noqa: E402
 from pretrain.checkpoint.manifest import committed  # noqa: E402
 from pretrain.checkpoint.save import write_weights  # noqa: E402
 from pretrain.checkpoint.tensors import TensorFolder  # noqa: E402
-from pretrain.cli import STOP_SIGNALS, uninterrupted  # noqa: E402
+from pretrain.cli import STOP_SIGNALS, STOPPED, uninterrupted  # noqa: E402
 from pretrain.config import compose  # noqa: E402
 from pretrain.config.schema import ModelConfig  # noqa: E402
 from pretrain.engine.fragments import WEIGHT, Fragment  # noqa: E402
@@ -563,7 +563,9 @@ def test_interrupted_while_transformers_computes_neither_it_nor_a_file_is_left(r
     assert ".hf.partial" in unseen(tmp_path)
     tool.send_signal(signal.SIGTERM)
     said, _ = tool.communicate(timeout=600)
-    assert tool.returncode == 130 and said.endswith("interrupted\n"), said
+    assert tool.returncode == STOPPED and said.endswith(
+        "interrupted: no output was written; run the same command again\n"
+    ), said
     assert unseen(tmp_path) == ["run"]
     assert found and not any(Path(f"/proc/{child}").exists() for child in found)
 

@@ -70,6 +70,22 @@ def test_job_trains_and_continues_after_its_time_limit(cluster, submit, tmp_path
     assert [(event["step"], event["ranks"]) for event in resumed] == [(after_save, 2)]
 
 
+def test_a_run_that_was_stopped_is_not_queued_again(cluster, submit, tmp_path):
+    """Whoever stops a run means it; srun passes its exit code on."""
+    job = submit("stopped", "train.steps=100000")
+    deadline = time.monotonic() + 600
+    while len(journal(tmp_path / "stopped")) < 3:
+        assert time.monotonic() < deadline and cluster.show(job)["JobState"] in ("PENDING", "RUNNING")
+        time.sleep(0.05)
+    cluster.run("scancel", "--signal=TERM", f"{job}.0")
+    ended = cluster.wait(job)
+    output = (tmp_path / "stopped.out").read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), output
+    assert "srun: error" not in output
+    (stop,) = [row for row in rows_of(tmp_path / "stopped" / "events.jsonl") if row["kind"] == "stopped"]
+    assert stop["reason"] == "SIGTERM" and stop["step"] == len(journal(tmp_path / "stopped"))
+
+
 def test_bad_config_fails_the_job_with_one_message(cluster, submit, tmp_path):
     ended = cluster.wait(submit("bad", "train.global_batch_size=9"))
     output = (tmp_path / "bad.out").read_text()

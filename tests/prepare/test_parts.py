@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.cli import STOPPED
 from pretrain.prepare import parts, workers
 from pretrain.prepare.finding import find_files
 from pretrain.prepare.plan import Settings, make_plan
@@ -243,7 +244,7 @@ def test_workers_end_with_the_process_that_leads(tmp_path, signal_number, execut
     pids = {int(path.suffix[1:]) for path in before}
     assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     leader.send_signal(signal_number)
-    assert leader.wait(600) == (-signal_number if signal_number == signal.SIGKILL else 130)
+    assert leader.wait(600) == (-signal_number if signal_number == signal.SIGKILL else STOPPED)
     deadline = time.monotonic() + 600
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
@@ -579,7 +580,7 @@ def test_ctrl_c_cancels_the_jobs(cluster, tmp_path):
     leader = lead(tmp_path, "Executor(2, cluster='slurm')", cluster.env | {"PYTHONPATH": str(ROOT)})
     assert len(cluster.run("squeue", "--noheader", "--array").splitlines()) == 2
     leader.send_signal(signal.SIGINT)
-    assert leader.wait(600) == 130
+    assert leader.wait(600) == STOPPED
     deadline = time.monotonic() + 600
     while cluster.run("squeue", "--noheader"):
         assert time.monotonic() < deadline

@@ -17,6 +17,7 @@ import torch
 
 from pretrain.checkpoint import save
 from pretrain.checkpoint.load import Weights, load_model
+from pretrain.cli import STOPPED
 from pretrain.config import compose
 from pretrain.config.schema import to_yaml
 from pretrain.evaluation import harness
@@ -151,7 +152,7 @@ time.sleep(600)
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(600) == 130
+        assert process.wait(600) == STOPPED
     while Path(f"/proc/{begun.read_text()}").exists():  # it is on its way: the tool has ended what it started
         time.sleep(0.01)
 

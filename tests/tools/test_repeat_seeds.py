@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pretrain.cli import STOP_SIGNALS
+from pretrain.cli import STOP_SIGNALS, STOPPED
 from pretrain.config import compose
 from pretrain.examples.tables import read_table
 from pretrain.predict import Predictor
@@ -52,21 +52,19 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
         for _ in range(3):
             process.send_signal(sent)
             time.sleep(0.2)
-        assert process.wait(600) == 130 and "interrupted" in process.stderr.read()
+        assert process.wait(600) == STOPPED and "interrupted" in process.stderr.read()
     assert (tmp_path / "saved").exists() and not (tmp_path / "started").exists()
 
 
-def test_a_run_that_was_stopped_is_not_judged(tmp_path):
-    run = tmp_path / "x-seed0"
-    run.mkdir()
-    rows = [{"kind": "start"}, {"kind": "stopped", "reason": "SIGTERM"}]
-    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = ["--seeds", "0", "--", "true", f"run.root={tmp_path}", "run.name=x"]
-    with pytest.raises(ValueError, match="x-seed0 was stopped by SIGTERM before its end"):
-        repeat_seeds.main(line)
-    rows += [{"kind": "resume"}, {"kind": "stopped", "reason": "no better val_loss in 2 evaluations"}]
-    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    repeat_seeds.main(line)
+def test_a_run_that_was_stopped_is_not_judged(tmp_path, capsys):
+    """Its exit code says so; another one than 0 ends the seeds too."""
+    for code in (STOPPED, 1):
+        with pytest.raises(SystemExit) as ended:
+            repeat_seeds.main(
+                ["--seeds", "0", "1", "--", "bash", "-c", f"exit {code}", f"run.root={tmp_path}", "run.name=x"]
+            )
+        assert ended.value.code == code
+        assert ("x-seed0 was stopped before its end" in capsys.readouterr().err) == (code == STOPPED)
 
 
 def test_each_seed_is_a_run_and_the_figures_are_of_all(files, shards, tool, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from pretrain.cli import STOPPED
 from pretrain.prepare import encode
 from pretrain.prepare.documents import Counts, is_held_out, read_documents
 from pretrain.prepare.finding import find_files
@@ -284,7 +285,7 @@ def test_an_interrupted_run_goes_on_from_its_finished_parts(folder, tokenizer, t
         tool(*argv, "--output", output)
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
+    assert process.returncode == (-9 if signal_number == signal.SIGKILL else STOPPED)
     assert "Traceback" not in errors and not output.exists()
     assert ("3 finished parts stay in" in errors) == (signal_number != signal.SIGKILL)
     assert bool(list(parts.glob("00003.*"))) == (signal_number == signal.SIGKILL)

@@ -1,0 +1,129 @@
+"""How a run ends before its end, and what its exit code says: signals, a launcher that is gone, a run that is held."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import HELD, STOPPED
+from tests import forked
+from tests.conftest import command
+from tests.journals import events, journal
+from tests.test_train import wait_for_rows
+
+
+@contextlib.contextmanager
+def training(train, environment, name: str, ranks: int = 1, **settings: str) -> Iterator[subprocess.Popen]:
+    """A run without an end that has trained three steps; it is stopped at last, if nobody did."""
+    where = (f"run.root={train.root}", f"data.train={train.shards}", f"run.name={name}", "train.steps=100000")
+    process = subprocess.Popen(
+        command(ranks, *where), env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for_rows(train.root / name, 3, process)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=600)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(train, environment, tmp_path):
+    told, folder = tmp_path / "code", train.root / "held"
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=held", "train.steps=100000")
+    with training(train, environment, "held") as first:
+        holder = f"process {forked.ranks_of(first.pid)[0]} on {socket.gethostname()}"
+        kept = {path: path.read_bytes() for path in folder.iterdir() if path.name in ("config.yaml", "events.jsonl")}
+        told.touch()
+        for ranks, more in ((1, ()), (2, ()), (1, ("--check",))):
+            env = environment | ({"PRETRAIN_EXIT_CODE": str(told)} if ranks == 2 else {})
+            second = subprocess.run(command(ranks, *where, *more), env=env, capture_output=True, text=True)
+            assert second.stderr.count("\n") == 1 and second.returncode == (HELD if ranks == 1 else 0), second.stderr
+            assert f"error: {folder} is being trained by {holder}: wait until it ends" in second.stderr
+        assert told.read_text().split() == [str(HELD)] * 2, "its ranks agree, and what started the launcher is told"
+        assert {path: path.read_bytes() for path in kept} == kept and first.poll() is None
+        first.terminate()
+        assert first.wait(600) == STOPPED
+    assert train(1, "run.name=held", "train.steps=1", check=False).returncode == 0, "the lock went with its process"
+
+
+def test_a_restart_waits_for_what_is_left_of_its_launch(train, environment):
+    """Slurm queues a job again while ranks of it may still be saving."""
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=restarted", "train.steps=100000")
+    job = {"SLURM_JOB_ID": "17"}
+    with training(train, environment, "restarted", **job) as first:
+        holder = f"process {forked.ranks_of(first.pid)[0]} on {socket.gethostname()} (Slurm job 17)"
+        other = environment | {"SLURM_JOB_ID": "18", "SLURM_RESTART_COUNT": "1"}
+        refused = subprocess.run(command(1, *where), env=other, capture_output=True, text=True)
+        assert refused.returncode == HELD and f"is being trained by {holder}" in refused.stderr
+        restart = environment | job | {"SLURM_RESTART_COUNT": "1"}
+        second = subprocess.Popen(command(1, *where, "--check"), env=restart, stderr=subprocess.PIPE, text=True)
+        said = second.stderr.readline()
+        assert said == f"waiting until {holder} ends, of which this is a restart\n" and first.poll() is None
+        first.terminate()
+        assert second.wait(600) == 0, "it went on when its predecessor had ended"
+        second.communicate()
+
+
+def test_a_signal_is_answered_at_once(train, environment):
+    with training(train, environment, "answered") as process:
+        os.kill(forked.ranks_of(process.pid)[0], signal.SIGINT)
+        said = iter(process.stdout.readline, "")
+        told = next(line for line in said if line.startswith("SIG"))
+        assert told.startswith(
+            "SIGINT: the run saves after this step and stops (Ctrl-C again: at once, unsaved); the same"
+        )
+        assert process.wait(600) == STOPPED
+    (stop,), saves = (events(train.root / "answered", kind) for kind in ("stopped", "saved"))
+    assert (stop["reason"], stop["step"]) == ("SIGINT", saves[-1]["step"])
+
+
+def test_ranks_stop_when_their_launcher_is_gone(train, environment):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=orphaned", "train.steps=100000")
+    launch = subprocess.Popen(command(2, *where), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = train.root / "orphaned"
+    wait_for_rows(folder, 3, launch)
+    ranks = forked.ranks_of(launch.pid)
+    parent = Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(parent), signal.SIGKILL)
+    launch.wait(600)
+    deadline = time.monotonic() + 600
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        if time.monotonic() > deadline:
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    (stop,) = events(folder, "stopped")
+    assert stop["reason"] == "the launcher is gone" and (folder / f"checkpoints/step-{stop['step']:09d}").is_dir()
+
+
+def test_a_signal_before_the_first_step_needs_no_step(train, environment, tmp_path):
+    (tmp_path / "code").touch()
+    env = environment | {"PRETRAIN_EXIT_CODE": str(tmp_path / "code")}
+    where = (f"run.root={train.root}", f"data.train={train.shards}", "run.name=early", "train.steps=100000")
+    process = subprocess.Popen(command(2, *where), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = train.root / "early"
+    while not (folder / "config.yaml").exists():  # the peak is being measured, the model built
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(forked.ranks_of(process.pid)[0], signal.SIGTERM)
+    assert (process.wait(600), (tmp_path / "code").read_text()) == (0, f"{STOPPED}\n" * 2)
+    (stop,) = events(folder, "stopped")
+    assert (stop["reason"], stop["step"], journal(folder)) == ("SIGTERM", 0, [])
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_the_data_is_opened_is_answered_at_once(environment, number):
+    program = (
+        "import os, signal, sys, time; from pretrain import entry; sys.argv[1:] = ['run.name=x', 'data.train=x']\n"
+        f"entry.main('pretrain', lambda *_: (os.kill(os.getpid(), signal.{number}), time.sleep(600)))"
+    )
+    done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == STOPPED
+    assert done.stderr == "interrupted before training began: nothing is lost, run the same command again\n"
