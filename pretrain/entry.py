@@ -213,8 +213,9 @@ def tell_contents(plan: Plan, log: Log, is_new: bool) -> None:
         log.event("initialised", init=plan.config.init, anew=list(plan.new_parameters))
     for facts in plan.stream.summary(plan.config.train.steps):
         log.event("source", **facts)
-    for phase in plan.stream.phases[1:]:
-        log.event("phase", **asdict(phase))
+    phases = plan.stream.phase_summary(plan.config.train.steps)
+    for phase in phases if len(phases) > 1 else ():
+        log.event("phase", **phase)
 
 
 def best_so_far(plan: Plan, ranks: dist.Ranks) -> Best | None:

@@ -11,6 +11,7 @@ from pretrain.evaluation.validation import Evaluation
 from pretrain.examples.stream import ExampleStream
 from pretrain.inference import generate
 from pretrain.model.heads import parameter_shapes
+from pretrain.report.events import told
 from pretrain.stream.stream import Stream
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -46,6 +47,9 @@ def notes(plan: Plan) -> list[str]:
                      "the learning rate never reaches optim.lr")  # fmt: skip
     if plan.trains_on_held_out:
         found.append(f"data.val={cfg.data.val} is trained on too: its figures are not of held-out text")
+    if plan.new_parameters is not None:  # the run begins: later, what was recorded counts, and events say it
+        found += [f"phase: {told({'kind': 'phase'} | phase)}"
+                  for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip
     return found
 
 

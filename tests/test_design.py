@@ -51,8 +51,9 @@ INSIDE = {
         "page": {"curves", "events", "theme"},
     },
     "stream": {
-        "order": set(), "mixture": {"order"}, "objectives": {"order"}, "packing": {"order"},
-        "source": {"order", "packing"}, "stream": {"mixture", "order", "source"},
+        "order": set(), "pieces": {"order"}, "mixture": {"order", "pieces"}, "objectives": {"order"},
+        "packing": {"order"}, "source": {"mixture", "order", "packing"}, "summary": {"mixture", "source"},
+        "stream": {"mixture", "source", "summary"},
         "opening": {"mixture", "source", "stream"},
     },
     "examples": {

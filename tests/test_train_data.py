@@ -58,7 +58,9 @@ def test_a_run_in_phases_over_two_sources(reference, shards, second):
     assert rows[-1]["loss"] < rows[0]["loss"]
     told = events(reference)
     assert [event["source"] for event in told if event["kind"] == "source"] == [f"{shards}/train", str(second)]
-    assert [(e["from_step"], e["seq_len"]) for e in told if e["kind"] == "phase"] == [(6, 64), (10, 64)]
+    assert [(e["from_step"], e["seq_len"]) for e in told if e["kind"] == "phase"] == [(0, 32), (6, 64), (10, 64)]
+    for phase in (e for e in told if e["kind"] == "phase"):  # of one epoch of the first source, of several of the other
+        assert phase["left"] == [] and 0 < phase["epochs"][0] < 1 and sum(phase["samples"]) in (48, 16)
 
 
 def test_one_rank_and_a_killed_run_see_the_same_batches(train, environment, mixed, reference):
@@ -71,17 +73,17 @@ def test_one_rank_and_a_killed_run_see_the_same_batches(train, environment, mixe
     assert exact(journal(train.root / "mixed-killed")) == exact(journal(reference))
 
 
-def test_a_changed_length_at_a_resume_is_a_phase_like_a_planned_one(train, mixed, reference):
+def test_a_changed_length_at_a_resume_begins_a_new_epoch_and_says_what_it_leaves(train, mixed):
     start = [option for option in mixed if option not in (PHASES, *STEPS)]
     train(2, "run.name=mixed-changed", *start, "train.steps=6", "train.eval_every=14", "schedule.warmup_steps=5")
     longer = ("train.seq_len=64", "train.global_batch_size=4", "train.micro_batch_size=1")
     done = train(2, "run.name=mixed-changed", *start, *longer, "train.steps=10", "train.eval_every=14")
     assert "train.seq_len: 32 -> 64" in done.stdout
     train(1, "run.name=mixed-changed", *start, *longer, "train.steps=14", "data.weights=[1,3]")
-    changed, expected = journal(train.root / "mixed-changed"), journal(reference)
-    assert [row["batch_hash"] for row in changed] == [row["batch_hash"] for row in expected]
-    phases = [event["from_step"] for event in events(train.root / "mixed-changed") if event["kind"] == "phase"]
-    assert phases == [6, 6, 10]  # the second resume knows of the first one's
+    phases = [event for event in events(train.root / "mixed-changed") if event["kind"] == "phase"]
+    assert [phase["from_step"] for phase in phases] == [0, 6, 0, 6, 10]  # the second resume knows of the first one's
+    assert "left behind unread: " in done.stdout and "those of 64 were not planned for this step" in done.stdout
+    assert phases[1]["left"] == phases[3]["left"] and min(phases[1]["left"]) > 0
 
 
 def test_show_batches_is_what_training_read(tool, reference, shards, capsys):
@@ -94,7 +96,7 @@ def test_show_batches_is_what_training_read(tool, reference, shards, capsys):
         said = shown("--step", step, "--characters", 0)
         assert f"batch hash {rows[step - 1]['batch_hash']} (as in the journal)" in said
         assert said.count("\nrow ") == (8 if step <= 6 else 4)
-        assert re.search(rf"{shards}/train, epoch {int(step > 6)}, 00000000.tar, chunk 0000000\d, row \d+ of", said)
+        assert re.search(rf"{shards}/train, epoch 0, 00000000.tar, chunk 0000000\d, row \d+ of", said)
     part = shown("--step", 3, "--rank", 1, "--world", 4)
     assert [line.split(",")[0] for line in part.splitlines() if line.startswith("row ")] == ["row 1", "row 5"]
     future = shown("--step", 5000)

@@ -114,7 +114,6 @@ class ExampleStream:
         self._from_step = self._from_sample = 0
         self._orders = Recent(2)  # epoch -> (its permutation, the tokens before each place of it)
         self.quarantine: set = set()
-        self.phases: tuple = (None,)
 
     @property
     def epoch_samples(self) -> int:
@@ -166,6 +165,10 @@ class ExampleStream:
             "examples": len(self.examples), "tokens": int(self.examples.lengths.sum()),
             "epochs": samples / self.epoch_samples, **self.examples.sizes(), "dropped": len(self.examples.dropped),
         }]  # fmt: skip
+
+    def phase_summary(self, steps: int) -> list[dict]:
+        """Nothing: there are no phases."""
+        return []
 
     def describe(self, place: tuple) -> dict:
         raise AssertionError("examples are never put in quarantine")

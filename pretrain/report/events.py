@@ -51,7 +51,7 @@ def marks(events: Iterable[Event]) -> dict[str, list[int]]:
     for event in events:
         step = event.get("from_step", event.get("step"))
         for name, kinds in MARKS.items():
-            if event.get("kind") in kinds and type(step) is int:
+            if event.get("kind") in kinds and type(step) is int and step:
                 found[name].add(step)
     return {name: sorted(steps) for name, steps in found.items() if steps}
 
@@ -108,9 +108,12 @@ def _source(event: Event) -> str:
 
 
 def _phase(event: Event) -> str:
-    weights = f", weights {' : '.join(f'{weight:.4g}' for weight in event['weights'])}" if event["weights"][1:] else ""
-    batch = f"{event['global_batch_size']:,} samples of {event['seq_len']:,} tokens a step"
-    return f"from step {event['from_step']:,} on {batch}{weights}"
+    batch = f"from step {event['from_step']:,} on {event['global_batch_size']:,} samples of {event['seq_len']:,} tokens"
+    each, total = zip(event["sources"], event["samples"], event["epochs"], strict=True), max(sum(event["samples"]), 1)
+    reads = "; ".join(f"{read / total:.1%} {source}, {epochs:.3g} epochs" for source, read, epochs in each)
+    left = [f"{rows:,} rows of {source}" for source, rows in zip(event["sources"], event["left"], strict=False) if rows]
+    behind = f"; left behind unread: {listed(left)} ({event['reason']})" if left else ""
+    return f"{batch}: {reads}{behind}"
 
 
 def _initialised(event: Event) -> str:

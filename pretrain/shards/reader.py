@@ -46,21 +46,25 @@ class ShardReader:
         self._starts_kept = 0
         self._lock = threading.Lock()
 
-    def read(self, shard: np.ndarray, window: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, shard: np.ndarray, window: np.ndarray, seq_len: int, whole_len: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Windows int64[k] of shards int64[k] -> tokens [k, seq_len + 1] of the stored dtype, last_is_target bool[k].
 
-        The last column is the token after the window; where the window ends its chunk, it is 0 and not a target.
+        The last column is the token after the window; where the window ends its chunk, it is 0 and not a target. With
+        `whole_len` the windows are the pieces of those of that many tokens.
         """
+        whole_len = whole_len or seq_len
         with self._lock:
             rows = np.empty((len(shard), seq_len + 1), dtype=self._dtype)
             last_is_target = np.ones(len(shard), dtype=bool)
             for i, (s, w) in enumerate(zip(shard.tolist(), window.tolist(), strict=True)):
                 opened = self._open.get(s) or self._shard(s)
-                chunk, offset, whole = opened.find(w, seq_len)
+                chunk, offset, has_next = opened.find(w, seq_len, whole_len)
                 if not opened.checked[chunk] or (self.bad and (s, chunk) in self.bad):
                     opened = self._check(s, chunk)
                 row = rows[i]
-                if not whole:
+                if not has_next:
                     row[-1], row, last_is_target[i] = 0, row[:-1], False
                 opened.fill(row, offset)
             return rows, last_is_target
@@ -75,11 +79,11 @@ class ShardReader:
             for shard, chunk, start, place, length in segments:
                 self._checked_shard(shard, chunk).read_tokens(chunk, start, target[place : place + length])
 
-    def places(self, shard: np.ndarray, window: np.ndarray, seq_len: int) -> list[tuple[int, int]]:
-        """The chunk of each window, and its first token in the chunk."""
+    def places(self, shard: np.ndarray, window: np.ndarray, seq_len: int, whole_len: int) -> list[tuple[int, int]]:
+        """The chunk of each window, and its first token in the chunk; the windows are those of `read`."""
         with self._lock:
             places = zip(shard.tolist(), window.tolist(), strict=True)
-            return [(self._open.get(s) or self._shard(s)).place_of(w, seq_len) for s, w in places]
+            return [(self._open.get(s) or self._shard(s)).place_of(w, seq_len, whole_len) for s, w in places]
 
     def document_starts(self, shard: int, chunk: int) -> np.ndarray:
         """Where documents start in a chunk, int64[n], ascending; without a 0 its first tokens continue a document."""
@@ -146,26 +150,27 @@ class _OpenShard:
         # plain lists: a row costs microseconds, and a NumPy scalar a good part of one
         self._offsets, self._tokens = chunks["tokens_offset"].tolist(), chunks["tokens"].tolist()
         self._chunks = chunks
-        self._seq_len = 0
+        self._whole_len = 0
         self._file = file
         self._handle = file.fileno()
 
     def close(self) -> None:
         self._file.close()
 
-    def place_of(self, window: int, seq_len: int) -> tuple[int, int]:
-        """The chunk of a window of `seq_len` tokens, and its first token in it."""
-        if seq_len != self._seq_len:
-            self._seq_len = seq_len
-            starts = np.cumsum([0] + [tokens // seq_len for tokens in self._tokens])
-            self._starts = starts.tolist()  # the first window of each chunk, and the end
-        assert 0 <= window < self._starts[-1]
-        chunk = bisect_right(self._starts, window) - 1
-        return chunk, (window - self._starts[chunk]) * seq_len
+    def place_of(self, window: int, seq_len: int, whole_len: int) -> tuple[int, int]:
+        """The chunk of a window of `seq_len` tokens, a piece of one of `whole_len`, and its first token in it."""
+        if whole_len != self._whole_len:
+            self._whole_len = whole_len
+            starts = np.cumsum([0] + [tokens // whole_len for tokens in self._tokens])
+            self._starts = starts.tolist()  # the first whole of each chunk, and the end
+        whole, piece = divmod(window, whole_len // seq_len)
+        assert 0 <= whole < self._starts[-1]
+        chunk = bisect_right(self._starts, whole) - 1
+        return chunk, (whole - self._starts[chunk]) * whole_len + piece * seq_len
 
-    def find(self, window: int, seq_len: int) -> tuple[int, int, bool]:
+    def find(self, window: int, seq_len: int, whole_len: int) -> tuple[int, int, bool]:
         """The chunk of a window, the byte of the file it begins at, and whether a token of the chunk follows it."""
-        chunk, start = self.place_of(window, seq_len)
+        chunk, start = self.place_of(window, seq_len, whole_len)
         return chunk, self._offsets[chunk] + start * self._itemsize, start + seq_len < self._tokens[chunk]
 
     def read_tokens(self, chunk: int, start: int, target: np.ndarray) -> None:

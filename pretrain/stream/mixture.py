@@ -5,35 +5,68 @@ remainder of its weight), permuted by a key of the block, and fills them with it
 is read as it would be alone, epoch after epoch, whatever it is mixed with.
 
 A phase begins at a step with a sequence length, a global batch size and weights. Where only the batch or the weights
-change, every source goes on where it was. A new sequence length cuts other rows: each source begins a new epoch then.
+change, every source goes on where it was. So it does where the length changes and both lengths are pieces of the same
+wholes (pieces.py). Another new length cuts other rows: each source begins a new epoch then, and what it has not read of
+the one before is left behind.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.stream.order import Order, Places, Recent, hash_key, permutation
+from pretrain.stream.pieces import BlockOrders, Stretch
 
 BLOCK = 4_096  # samples in which every source has its exact share
 _MIX = 3  # keeps this use of the keys apart from those of order.py
-EpochSamples = Callable[[int, int], int]  # (source, seq_len) -> rows of the source in an epoch
+
+
+class Cut(NamedTuple):
+    """How rows are made: of `seq_len` tokens each, pieces of windows of `whole_len` tokens."""
+
+    seq_len: int
+    whole_len: int
+
+    @property
+    def ratio(self) -> int:
+        return self.whole_len // self.seq_len
+
+
+EpochSamples = Callable[[int, Cut], int]  # (source, cut) -> rows of the source in an epoch
 
 
 @dataclass(frozen=True)
 class Phase:
     """What holds from `from_step` on: sequence length in tokens, samples of a global batch, a weight for each source.
 
-    `from_sample` and, for each source, the number of its next sample (`starts`) are filled in by `open_phases`.
+    `whole_len`: the windows that its rows are pieces of; 0, as in all phases of version 1: the rows themselves.
+    `open_phases` fills in `from_sample` and, for each source, the numbers of its next sample (`starts`), of the first
+    of this length (`origins`) and of the first after the planned end of this length (`ends`; empty: none is planned);
+    and how many rows of the length before are left behind (`left`; empty: less than a whole).
     """
 
     from_step: int
     seq_len: int
     global_batch_size: int
     weights: tuple[float, ...]
+    whole_len: int = 0
     from_sample: int = 0
     starts: tuple[int, ...] = ()
+    origins: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.seq_len, self.whole_len or self.seq_len)
+
+    def stretch(self, source: int, epoch_samples: int) -> Stretch:
+        """The rows of this length of a source that has so many in an epoch."""
+        origin, ratio = self.origins[source] if self.origins else 0, self.cut.ratio
+        return Stretch(ratio, max(1, epoch_samples // ratio), origin, self.ends[source] if self.ends else None)
 
     def settings(self) -> tuple:
         """What makes one phase another than the one before it."""
@@ -59,26 +92,55 @@ def open_phases(
     """
     assert planned[0].from_step == 0
     phases = [phase for phase in recorded if phase.from_step < step]
+    past = len(phases)
     now = [phase for phase in planned if phase.from_step <= step][-1]
     if not phases or phases[-1].settings() != now.settings():
         phases.append(_opened(phases, replace(now, from_step=step), seed, epoch_samples))
     for phase in planned:
         if phase.from_step > step:
+            if phase.cut != phases[-1].cut:
+                _plan_end(phases, past, phase.from_step, seed)
             phases.append(_opened(phases, phase, seed, epoch_samples))
     return tuple(phases)
 
 
+def _next_samples(last: Phase, step: int, seed: int) -> tuple[int, ...]:
+    """The number of each source's next sample before `step`, where `last` is the phase until then."""
+    return consumed(last, (step - last.from_step) * last.global_batch_size, seed)
+
+
+def _plan_end(phases: list[Phase], past: int, step: int, seed: int) -> None:
+    """Write into the latest phases of one length that `step` ends it; not into what was begun with another plan."""
+    first = len(phases)
+    while first and phases[first - 1].cut == phases[-1].cut:
+        first -= 1
+    if first >= past:
+        ends = _next_samples(phases[-1], step, seed)
+        phases[first:] = [replace(phase, ends=ends) for phase in phases[first:]]
+
+
 def _opened(before: list[Phase], phase: Phase, seed: int, epoch_samples: EpochSamples) -> Phase:
+    nothing = (0,) * len(phase.weights)
     if not before:
-        return replace(phase, from_sample=0, starts=(0,) * len(phase.weights))
+        return replace(phase, from_sample=0, starts=nothing, origins=nothing)
     last = before[-1]
-    samples = (phase.from_step - last.from_step) * last.global_batch_size
-    starts = consumed(last, samples, seed)
-    if phase.seq_len != last.seq_len:
-        sizes = [max(epoch_samples(source, last.seq_len), 1) for source in range(len(starts))]  # 0: it had no weight
-        epochs = [-(-count // size) for count, size in zip(starts, sizes, strict=True)]
-        starts = tuple(e * epoch_samples(source, phase.seq_len) for source, e in enumerate(epochs))
-    return replace(phase, from_sample=last.from_sample + samples, starts=starts)
+    starts = _next_samples(last, phase.from_step, seed)
+    samples = last.from_sample + (phase.from_step - last.from_step) * last.global_batch_size
+    if phase.cut == last.cut:
+        return replace(phase, from_sample=samples, starts=starts, origins=last.origins, ends=last.ends)
+    sizes = [epoch_samples(source, last.cut) for source in range(len(starts))]
+    if phase.cut.whole_len == last.cut.whole_len:
+        stretches = [last.stretch(source, size) for source, size in enumerate(sizes)]
+        wholes = [stretch.used_before(start) for stretch, start in zip(stretches, starts, strict=True)]
+        ends = [whole * last.cut.ratio for whole in wholes]
+        begins = tuple(whole * phase.cut.ratio for whole in wholes)
+    else:
+        epochs = [-(-count // max(size, 1)) for count, size in zip(starts, sizes, strict=True)]  # 0: it had no weight
+        ends = [epoch * size for epoch, size in zip(epochs, sizes, strict=True)]
+        begins = tuple(epoch * epoch_samples(source, phase.cut) for source, epoch in enumerate(epochs))
+    left = tuple(end - start for end, start in zip(ends, starts, strict=True))
+    left = left if max(left) >= last.cut.ratio else ()
+    return replace(phase, from_sample=samples, starts=begins, origins=begins, left=left)
 
 
 def consumed(phase: Phase, samples: int, seed: int) -> tuple[int, ...]:
@@ -90,13 +152,13 @@ def consumed(phase: Phase, samples: int, seed: int) -> tuple[int, ...]:
 
 
 class Mixture:
-    """The order of all samples of a run. `order_of(source, seq_len)` gives the order of one source alone."""
+    """The order of all samples of a run. `order_of(source, length)` gives that of the windows of one source alone."""
 
     def __init__(self, phases: Sequence[Phase], seed: int, order_of: Callable[[int, int], Order]):
         self.phases = tuple(phases)
         self._seed = seed
         self._order_of = order_of
-        self._blocks = Recent(4)
+        self._blocks, self._pieces = Recent(4), BlockOrders(seed)
 
     def phase_of_step(self, step: int) -> Phase:
         """The phase that global batch number `step` belongs to."""
@@ -111,14 +173,21 @@ class Mixture:
         offset = np.asarray(numbers, dtype=np.int64) - phase.from_sample
         assert offset.size == 0 or offset.min() >= 0
         if len(phase.weights) == 1:
-            return np.zeros_like(offset), self._order_of(0, phase.seq_len).locate(phase.starts[0] + offset)
+            return np.zeros_like(offset), self._locate_own(0, phase.starts[0] + offset, phase)
         source, own = self._mixed(offset, phase)
         places = Places(*(np.empty_like(offset) for _ in range(3)))
         for s in np.unique(source).tolist():
             here = source == s
-            found = self._order_of(s, phase.seq_len).locate(own[here])
+            found = self._locate_own(s, own[here], phase)
             places.epoch[here], places.shard[here], places.window[here] = found.epoch, found.shard, found.window
         return source, places
+
+    def _locate_own(self, source: int, numbers: np.ndarray, phase: Phase) -> Places:
+        """The places of a source's own samples; `window` counts rows of the phase's length within the shard."""
+        order, ratio = self._order_of(source, phase.cut.whole_len), phase.cut.ratio
+        whole, piece = phase.stretch(source, order.epoch_samples * ratio).locate(numbers, self._pieces)
+        found = order.locate(whole)
+        return replace(found, window=found.window * ratio + piece)
 
     def _mixed(self, offset: np.ndarray, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
         """Samples of a phase -> the source of each, and the number of the sample within the source."""

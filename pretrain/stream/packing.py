@@ -45,9 +45,14 @@ class Windows:
 
     fill_rate = 1.0  # share of the row places that hold tokens
 
-    def __init__(self, reader: ShardReader, seq_len: int, want_documents: bool, cache_folder: Path | None = None):
+    def __init__(
+        self, reader: ShardReader, seq_len: int, want_documents: bool, cache_folder: Path | None = None,
+        whole_len: int = 0,
+    ):  # fmt: skip
+        """Rows of `seq_len` tokens; with `whole_len` pieces of windows of that many, row by row and shard by shard."""
         self._reader, self._seq_len, self._want_documents = reader, seq_len, want_documents
-        self.rows_per_shard = reader.manifest.windows_per_shard(seq_len)
+        self._whole_len = whole_len = whole_len or seq_len
+        self.rows_per_shard = reader.manifest.windows_per_shard(whole_len) * (whole_len // seq_len)
         # tokens that no window of this length holds: the ends of chunks
         self.unused_tokens = reader.manifest.tokens - int(self.rows_per_shard.sum()) * seq_len
 
@@ -56,7 +61,7 @@ class Windows:
 
         `documents` numbers the documents of a row from 0 on, -1 where there is none; None unless asked for.
         """
-        tokens, last_is_target = self._reader.read(shard, row, self._seq_len)
+        tokens, last_is_target = self._reader.read(shard, row, self._seq_len, self._whole_len)
         if not self._want_documents:
             is_target = np.ones((len(tokens), self._seq_len), dtype=bool)
             is_target[:, -1] = last_is_target
@@ -67,11 +72,11 @@ class Windows:
 
     def chunks_of(self, shard: int, row: int) -> list[int]:
         """The chunks that a row is read from."""
-        return [self._reader.places(np.array([shard]), np.array([row]), self._seq_len)[0][0]]
+        return [self._reader.places(np.array([shard]), np.array([row]), self._seq_len, self._whole_len)[0][0]]
 
     def _documents(self, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
         begins = np.zeros((len(shard), self._seq_len + 1), dtype=np.int32)
-        places = self._reader.places(shard, row, self._seq_len)
+        places = self._reader.places(shard, row, self._seq_len, self._whole_len)
         for i, (s, (chunk, start)) in enumerate(zip(shard.tolist(), places, strict=True)):
             starts = self._reader.document_starts(s, chunk)
             first, end = starts.searchsorted((start + 1, start + self._seq_len + 1))

@@ -8,6 +8,7 @@ import numpy as np
 
 from pretrain.shards.manifest import Manifest
 from pretrain.shards.reader import BadChunk, ShardReader
+from pretrain.stream.mixture import Cut
 from pretrain.stream.order import Order, Recent, hash_key
 from pretrain.stream.packing import PACKINGS, BestFit, Windows
 
@@ -37,25 +38,30 @@ class Source:
     def __init__(self, manifest: Manifest, seed: int, options: StreamOptions):
         self.manifest, self._seed, self._options = manifest, seed, options
         self._reader = ShardReader(manifest)
-        self._layouts, self._orders = Recent(2), Recent(2)  # of a phase and the one before it
+        self._layouts, self._orders = Recent(4), Recent(2)  # of a phase and the one before it, and of their wholes
 
     @property
     def bad(self) -> set[tuple[int, int]]:
         return self._reader.bad
 
-    def layout(self, seq_len: int) -> Windows | BestFit:
+    def layout(self, cut: Cut) -> Windows | BestFit:
         """How the shards are cut into rows."""
-        options = (seq_len, self._options.documents, self._options.cache_folder)
-        return self._layouts.get(seq_len, lambda: PACKINGS[self._options.packing](self._reader, *options))
+        options = (cut.seq_len, self._options.documents, self._options.cache_folder)
+        pieces = {"whole_len": cut.whole_len} if cut.ratio > 1 else {}  # only windows have them
+        return self._layouts.get(cut, lambda: PACKINGS[self._options.packing](self._reader, *options, **pieces))
 
-    def order(self, seq_len: int) -> Order:
-        """The order of the rows, the same whatever the source is mixed with."""
-        rows_per_shard = self.layout(seq_len).rows_per_shard
-        return self._orders.get(seq_len, lambda: Order(rows_per_shard, self._seed, self._options.shuffle))
+    def order(self, whole_len: int) -> Order:
+        """The order of the wholes, the same whatever the source is mixed with."""
+        rows_per_shard = self.layout(Cut(whole_len, whole_len)).rows_per_shard
+        return self._orders.get(whole_len, lambda: Order(rows_per_shard, self._seed, self._options.shuffle))
 
-    def read(self, seq_len: int, shard: np.ndarray, row: np.ndarray) -> tuple:
+    def epoch_samples(self, cut: Cut) -> int:
+        """The rows of an epoch."""
+        return self.order(cut.whole_len).epoch_samples * cut.ratio
+
+    def read(self, cut: Cut, shard: np.ndarray, row: np.ndarray) -> tuple:
         """Rows int64[k] of shards int64[k], as the layout reads them; a damaged one is replaced under quarantine."""
-        layout = self.layout(seq_len)
+        layout = self.layout(cut)
         try:
             return layout.read(shard, row)
         except BadChunk:
@@ -69,9 +75,9 @@ class Source:
         for entry in (self.manifest.shards[shard] for shard in shards):
             self.manifest.store.prefetch(entry.name, entry.bytes, entry.sha256)
 
-    def check_enough(self, seq_len: int, needed: int) -> None:
+    def check_enough(self, cut: Cut, needed: int) -> None:
         """`ValueError` with what would do, unless there are the `needed` samples that one batch takes."""
-        samples = self.order(seq_len).epoch_samples
+        samples, seq_len = self.epoch_samples(cut), cut.seq_len
         if samples >= needed:
             return
         shorter = seq_len

@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from pretrain.shards.manifest import Manifest
-from pretrain.stream.mixture import BLOCK, Mixture, Phase, consumed, open_phases, quotas
-from pretrain.stream.order import Order
+from pretrain.stream import summary
+from pretrain.stream.mixture import BLOCK, Cut, Mixture, Phase, open_phases, quotas
 from pretrain.stream.source import Source, StreamOptions
 
 DEFAULTS = StreamOptions()
+STATE_VERSION = 2  # 1: no phase had pieces of longer windows
 FETCH_BATCHES = 256  # how many batches ahead remote shards are fetched
 
 
@@ -66,9 +67,10 @@ class Stream:
     ):  # fmt: skip
         """`plan` is the phases of the run, the first from step 0 on, with a weight for each source."""
         assert 0 <= rank < world_size and sources
-        self._plan, self._seed, self._options = tuple(plan), seed, options
+        self._seed, self._options = seed, options
         self._rank, self._world_size = rank, world_size
         self._sources = [Source(manifest, seed, options) for manifest in sources]
+        self._plan = self._in_wholes(plan)
         for phase in self._plan:
             self._check(phase)
         self._mixture = self._mix(recorded=(), step=0)
@@ -86,22 +88,18 @@ class Stream:
     @property
     def epoch_samples(self) -> int:
         """Samples in an epoch of the first source in the first planned phase."""
-        return self._sources[0].order(self._plan[0].seq_len).epoch_samples
+        return self._sources[0].epoch_samples(self._plan[0].cut)
 
     def summary(self, steps: int) -> list[dict]:
-        """Of each source, in the last phase of a run of `steps` steps: its share, its rows and how full they are, the
-        tokens that no row holds, and the epochs that the run makes of it.
-        """
-        last = self._mixture.phase_of_step(max(steps - 1, 0))
-        ends = consumed(last, max(steps - last.from_step, 0) * last.global_batch_size, self._seed)
-        facts = []
-        for source, share, end in zip(self._sources, quotas(last.weights) / BLOCK, ends, strict=True):
-            layout, rows = source.layout(last.seq_len), source.order(last.seq_len).epoch_samples
-            facts.append({
-                "source": source.manifest.location, "share": float(share), "rows": rows, "epochs": end / max(rows, 1),
-                "fill_rate": layout.fill_rate, "unused_tokens": layout.unused_tokens,
-            })  # fmt: skip
-        return facts
+        """What a run of `steps` steps reads of each source (`summary.of_sources`)."""
+        return summary.of_sources(*self._read_in(), steps)
+
+    def phase_summary(self, steps: int) -> list[dict]:
+        """What it reads in each of its phases (`summary.of_phases`)."""
+        return summary.of_phases(*self._read_in(), steps)
+
+    def _read_in(self) -> tuple:
+        return self.phases, self._sources, self._options.packing, self._seed
 
     def phase_of_step(self, step: int) -> Phase:
         """The phase that global batch `step` belongs to."""
@@ -121,7 +119,7 @@ class Stream:
         for s, epoch, shard, row in zip(
             *(column.tolist() for column in (source, places.epoch, places.shard, places.window)), strict=True
         ):
-            manifest, layout = self._sources[s].manifest, self._sources[s].layout(phase.seq_len)
+            manifest, layout = self._sources[s].manifest, self._sources[s].layout(phase.cut)
             found.append({"source": manifest.location, "epoch": epoch, "shard": manifest.shards[shard].name,
                           "chunks": layout.chunks_of(shard, row), "row": row})  # fmt: skip
         return found
@@ -176,13 +174,18 @@ class Stream:
         """
         phases = [asdict(phase) for phase in self.phases if phase.from_step < max(step, 1)]
         quarantine = [[*place] for place in sorted(self.quarantine)]
-        return {"samples": self.progress(step)[0]} | self._identity() | {"phases": phases, "quarantine": quarantine}
+        facts = {"phases": phases, "quarantine": quarantine, "version": STATE_VERSION}
+        return {"samples": self.progress(step)[0]} | self._identity() | facts
 
     def resume(self, state: dict, step: int) -> None:
         """Take up the history that a checkpoint of `step` keeps; a plan that says otherwise opens a new phase there.
 
         `ValueError` that says what differs when the checkpoint belongs to another order.
         """
+        if state.get("version", 1) > STATE_VERSION:
+            raise ValueError(
+                "the checkpoint is of a newer version, whose order of samples this one does not know: update"
+            )
         now = self._identity()
         differs = [f"{key} was {state[key]!r} and is {value!r}" for key, value in now.items() if state[key] != value]
         if differs:
@@ -216,11 +219,20 @@ class Stream:
         }  # fmt: skip
 
     def _mix(self, recorded: Sequence[Phase], step: int) -> Mixture:
-        def order(source: int, seq_len: int) -> Order:
-            return self._sources[source].order(seq_len)
+        def epoch_samples(source: int, cut: Cut) -> int:
+            return self._sources[source].epoch_samples(cut)
 
-        phases = open_phases(self._plan, recorded, step, self._seed, lambda *what: order(*what).epoch_samples)
-        return Mixture(phases, self._seed, order)
+        phases = open_phases(self._plan, recorded, step, self._seed, epoch_samples)
+        return Mixture(phases, self._seed, lambda source, whole_len: self._sources[source].order(whole_len))
+
+    def _in_wholes(self, plan: Sequence[Phase]) -> tuple[Phase, ...]:
+        """The plan, its lengths as pieces of the longest one where they divide it and all sources have such windows."""
+        longest = max(phase.seq_len for phase in plan)
+        used = [any(weights) for weights in zip(*(phase.weights for phase in plan), strict=True)]
+        manifests = [source.manifest for source, is_used in zip(self._sources, used, strict=True) if is_used]
+        if self._options.packing != "window" or not all(m.windows_per_shard(longest).any() for m in manifests):
+            return tuple(plan)
+        return tuple(phase if longest % phase.seq_len else replace(phase, whole_len=longest) for phase in plan)
 
     def _check(self, phase: Phase) -> None:
         """`ValueError` for a phase that the data or the number of ranks do not allow."""
@@ -235,7 +247,7 @@ class Stream:
                     f"the weight {weight:g} of {source.manifest.location} is so small a share that none of {BLOCK} "
                     "samples would be of it: give it a greater weight, or 0"
                 )
-            source.check_enough(phase.seq_len, -(-phase.global_batch_size * places // BLOCK))
+            source.check_enough(phase.cut, -(-phase.global_batch_size * places // BLOCK))
 
     def _read_ahead(self, step: int, ahead: queue.Queue, stop: threading.Event) -> None:
         fetched = step
@@ -269,11 +281,10 @@ class Stream:
     def _rows(self, sample_numbers: np.ndarray, phase: Phase) -> Rows:
         source, places = self._mixture.locate(sample_numbers, phase)
         if len(self._sources) == 1:
-            return Rows(sample_numbers, *self._sources[0].read(phase.seq_len, places.shard, places.window))
+            return Rows(sample_numbers, *self._sources[0].read(phase.cut, places.shard, places.window))
         where = [np.flatnonzero(source == s) for s in np.unique(source).tolist()]
         parts = [
-            self._sources[source[mine[0]]].read(phase.seq_len, places.shard[mine], places.window[mine])
-            for mine in where
+            self._sources[source[mine[0]]].read(phase.cut, places.shard[mine], places.window[mine]) for mine in where
         ]
         back = np.argsort(np.concatenate(where))
         columns = [None if column[0] is None else np.concatenate(column)[back] for column in zip(*parts, strict=True)]
@@ -282,7 +293,7 @@ class Stream:
 
 def _phase(entry: dict) -> Phase:
     """A phase as `Stream.state` keeps it."""
-    return Phase(**entry | {"weights": tuple(entry["weights"]), "starts": tuple(entry["starts"])})
+    return Phase(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
 
 
 def _end(worker: threading.Thread, ahead: queue.Queue, stop: threading.Event) -> None:

@@ -10,6 +10,8 @@ START = {
     "peak_source": "measured fp32 matrix product", "peak_tflops": 2.530626139564422,
 }  # fmt: skip
 SOURCE = {"kind": "source", "source": "shards/web", "share": 0.75, "rows": 1234, "epochs": 1.4987, "fill_rate": 1.0}
+PHASE = {"kind": "phase", "from_step": 30, "seq_len": 1024, "global_batch_size": 8, "sources": ["web", "books"],
+         "samples": [300, 100], "epochs": [0.12345, 2.5]}  # fmt: skip
 EXAMPLES = {"kind": "source", "examples": 1200, "tokens": 40000, "epochs": 3.0, "longest": 700, "dropped": 0}
 
 
@@ -28,8 +30,11 @@ EXAMPLES = {"kind": "source", "examples": 1200, "tokens": 40000, "epochs": 3.0, 
     (EXAMPLES | {"cut": 0, "cut_tokens": 0}, "1,200 examples of 40,000 tokens, 3 epochs; the longest has 700 tokens"),
     (EXAMPLES | {"cut": 7, "cut_tokens": 800, "dropped": 2},
      "1,200 examples of 40,000 tokens, 3 epochs; the longest has 700 tokens, 7 cut by 800 tokens in all, 2 dropped"),
-    ({"kind": "phase", "from_step": 30, "seq_len": 1024, "global_batch_size": 8, "weights": [3.0, 1.0], "starts": [0]},
-     "from step 30 on 8 samples of 1,024 tokens a step, weights 3 : 1"),
+    (PHASE | {"left": [], "reason": None},
+     "from step 30 on 8 samples of 1,024 tokens: 75.0% web, 0.123 epochs; 25.0% books, 2.5 epochs"),
+    (PHASE | {"left": [1234, 0], "reason": "best_fit packs the documents anew for each length"},
+     "from step 30 on 8 samples of 1,024 tokens: 75.0% web, 0.123 epochs; 25.0% books, 2.5 epochs; left behind unread: "
+     "1,234 rows of web (best_fit packs the documents anew for each length)"),
     ({"kind": "initialised", "init": "runs/base", "anew": []}, "from runs/base"),
     ({"kind": "initialised", "init": "runs/base", "anew": [f"w{i}" for i in range(10)]},
      "from runs/base; begins anew: w0, w1, w2, w3, w4, w5, w6, w7 and 2 more"),

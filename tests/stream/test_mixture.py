@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.shards.manifest import Manifest
 from pretrain.stream import mixture as mixture_module
-from pretrain.stream.mixture import BLOCK, Mixture, Phase, consumed, open_phases, quotas
+from pretrain.stream.mixture import BLOCK, Cut, Mixture, Phase, consumed, open_phases, quotas
 from pretrain.stream.order import Order, hash_key, splitmix64
 from pretrain.stream.source import StreamOptions
 from pretrain.stream.stream import Rows, Stream, batch_hash
@@ -37,8 +37,8 @@ def order_of(source: int, seq_len: int) -> Order:
     return Order(np.array(ROWS[source, seq_len]), seed=7)
 
 
-def epoch_samples(source: int, seq_len: int) -> int:
-    return sum(ROWS[source, seq_len])
+def epoch_samples(source: int, cut: Cut) -> int:
+    return sum(ROWS[source, cut.whole_len]) * cut.ratio
 
 
 def places(mixture: Mixture, start: int, end: int) -> list[tuple[int, ...]]:
@@ -69,7 +69,9 @@ def test_a_source_is_read_as_it_would_be_alone_epoch_after_epoch():
         alone = order_of(s, 8).locate(np.arange(mine.sum()))
         for name in ("epoch", "shard", "window"):
             np.testing.assert_array_equal(getattr(found, name)[mine], getattr(alone, name))
-        assert found.epoch[mine].max() == mine.sum() // epoch_samples(s, 8)  # the small one is in its fourth epoch
+        assert found.epoch[mine].max() == mine.sum() // epoch_samples(
+            s, Cut(8, 8)
+        )  # the small one is in its fourth epoch
     for block in range(3):
         assert np.bincount(source[block * BLOCK : (block + 1) * BLOCK]).tolist() == [3072, 1024]
 
@@ -107,7 +109,7 @@ def test_a_new_sequence_length_begins_the_next_epoch_of_each_source():
     first, second = open_phases(plan, (), 0, 7, epoch_samples)
     counts = np.bincount(plain_mixture(first, 7, 5000)).tolist()
     assert consumed(first, 5000, 7) == tuple(counts)
-    epochs = [-(-count // epoch_samples(s, 8)) for s, count in enumerate(counts)]
+    epochs = [-(-count // epoch_samples(s, Cut(8, 8))) for s, count in enumerate(counts)]
     assert epochs == [1, 2] and second.starts == (4000, 900)
     mixture = Mixture((first, second), 7, order_of)
     assert min(epoch for s, epoch, _, _ in places(mixture, 5000, 5200) if s == 0) == 1

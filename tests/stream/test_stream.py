@@ -192,7 +192,7 @@ def test_an_error_of_the_thread_is_raised_in_the_consumer(tmp_path):
 def test_state(dataset):
     state = make(dataset).state(2)
     phase = {"from_step": 0, "seq_len": SEQ_LEN, "global_batch_size": BATCH, "weights": (1.0,), "from_sample": 0,
-             "starts": (0,)}  # fmt: skip
+             "whole_len": SEQ_LEN, "starts": (0,), "origins": (0,), "ends": (), "left": ()}  # fmt: skip
     assert state == {
         "samples": 48,
         "seed": 5,
@@ -201,6 +201,7 @@ def test_state(dataset):
         "fingerprints": [dataset.fingerprint],
         "phases": [phase],
         "quarantine": [],
+        "version": 2,
     }
     state = json.loads(json.dumps(state))
     make(dataset, rank=1, world_size=2).resume(state, 2)
