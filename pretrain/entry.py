@@ -188,9 +188,11 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     step = loop.train_loop(cfg, trainer, data, model, checkpoints, guard, log, ranks, start_step)
     if ranks.is_main:
         if start_step < step == cfg.train.steps:
+            log.doing("writing a sample text")
             attempt(lambda: write_sample(plan, step), "the sample text", log)
         if best and best.step is not None:
             log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
+        log.doing("drawing the report")
         report = attempt(lambda: str(page.write_report(folder)), "the report", log)
         log.event("end", step=step, of=cfg.train.steps, report=report)
         log.close()

@@ -72,6 +72,7 @@ def train_loop(
         stopped, is_best = guard.agreed_stop(), False
         # one that is told to stop has little time, unless nothing but the evaluation is left
         if validation and due(step, train.eval_every, train.steps) and (not stopped or step == train.steps):
+            log.doing("validating")
             row |= validation.run(engine.evaluate, ranks, engine.device)
             is_best = best is not None and best.offer(row, validation)
             stopped = stopped or (best.is_over if best else None)
@@ -83,6 +84,7 @@ def train_loop(
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
             checkpoints.save(header, engine.layout.fragments_to_save(), best.step if best else None)
     batches.close()
+    log.doing("saving")
     if not checkpoints.wait():
         raise OSError(f"the checkpoint of step {step} could not be written; events.jsonl says why")
     if stopped:

@@ -16,6 +16,7 @@ from pretrain.files import sync_folder
 from pretrain.report.events import told
 from pretrain.report.wandb_run import WandbRun
 
+PAUSE_SECONDS = 10  # between two lines where there is no bar
 FORETOLD_AFTER = 5  # steps after the first: how long the rest takes is said once
 
 
@@ -70,6 +71,11 @@ class Log:
         if self._is_main:
             self._console.say(text)
 
+    def doing(self, what: str) -> None:
+        """Say what takes its time between two steps, or after the last one."""
+        if self._is_main:
+            self._console.doing(what)
+
     def sync(self) -> None:
         """Wait until the journal is on the disk: a checkpoint must not outlive the rows that led to it."""
         if self._is_main:
@@ -79,10 +85,11 @@ class Log:
         """End the bar and W&B; `summary` becomes the W&B run's summary. Closing twice is harmless."""
         if not self._is_main:
             return
-        self._console.close()
         if self._wandb:
+            self.doing("W&B finishes")
             self._wandb.finish(summary)
             self._wandb = None
+        self._console.close()
         self._journal.file.close()
         self._events.close()
 
@@ -176,7 +183,7 @@ class _Console:
     def _show_plain(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
         # Ever rarer, so that the log of a week's run stays short.
-        pause = max(10, min(300, (now - self._opened) / 20))
+        pause = max(PAUSE_SECONDS, min(300, (now - self._opened) / 20))
         if step > self._first[0] and now - self._printed < pause and step < self._total_steps:
             return
         self._printed = now
@@ -185,6 +192,14 @@ class _Console:
         percent = 100 * step // max(self._total_steps, 1)
         head = f"{self._label} {percent:3d}% step {step:,}/{self._total_steps:,}"
         print(f"{head}: {_figures(row)}{left}", file=sys.stderr, flush=True)
+
+    def doing(self, what: str) -> None:
+        """Show it in the place of the figures until the next ones; in a log file, if its last line is a while ago."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
+        elif self.enabled and time.monotonic() - self._printed >= PAUSE_SECONDS:
+            self._printed = time.monotonic()
+            print(f"{self._label}: {what}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)

@@ -170,7 +170,9 @@ def test_on_a_terminal_there_is_one_bar_and_lines_above_it(tmp_path, capsys, mon
     for step in range(3, 11):
         log.row(row(step))
     log.say("above")
+    log.doing("drawing the report")
     log.close()
+    assert "10/10 [" in (last := screen.getvalue().split("\r")[-1]) and last.rstrip().endswith("drawing the report]")
     assert capsys.readouterr().out.startswith("journal: rows of step 2: 2 before it missing\nabove")
     assert "10/10 [" in screen.getvalue() and "loss 0.1000, 2,900 tokens/s, MFU 62.3%" in screen.getvalue()
     assert screen.getvalue().count("\n") == 1
