@@ -75,8 +75,8 @@ INSIDE = {
     "prepare": {
         "dedup": set(), "encode": set(), "finding": set(), "pii": set(), "readers": set(), "workers": set(),
         "documents": {"finding", "readers"}, "filters": {"documents", "finding", "pii"},
-        "plan": {"documents", "filters", "finding"}, "duplicates": {"dedup", "plan"},
-        "staging": {"documents", "filters", "finding", "plan"},
+        "plan": {"documents", "filters", "finding"}, "duplicates": {"dedup", "documents", "filters", "plan"},
+        "staging": {"documents", "duplicates", "filters", "finding", "plan"},
         "parts": {"dedup", "documents", "duplicates", "encode", "filters", "plan"},
     },
     "hub": {

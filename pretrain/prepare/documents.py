@@ -7,6 +7,7 @@ document, not with the corpus. An uncompressed JSONL file can be cut into byte r
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ class Document:
     text: str
     input_bytes: int
     source: str  # "path", "path, line 12", "path, byte 4096" (in a byte range), "path, row 7", "path, member a/b.txt"
+    number: int  # which one of its piece, counted from 1 with those that are no documents: see `source_of`
 
 
 @dataclass
@@ -134,7 +136,7 @@ def read_documents(
         if isinstance(piece, InputFile):
             piece = Piece(piece.file, 0, piece.bytes)
         position = 0
-        for raw in _raw_documents(piece, text_key):
+        for number, raw in enumerate(_raw_documents(piece, text_key), 1):
             if isinstance(raw, readers.Ignored):
                 counts.ignored_members += 1
                 continue
@@ -150,10 +152,28 @@ def read_documents(
             if text:
                 counts.documents += 1
                 source = f"{piece.path}, {raw.part}" if raw.part else str(piece.path)
-                yield Document(text, unreported, source)
+                yield Document(text, unreported, source, number)
                 unreported = 0
             else:
                 counts.empty += 1
+
+
+def source_of(piece: Piece, number: int, text_key: str) -> str:
+    """Where the document of that `number` lies, for a user to find: its `source`, in a byte range too with the line.
+
+    The piece is read again up to there: for the few that are named, instead of a text for each that may be.
+    """
+    raw = next(itertools.islice(_raw_documents(piece, text_key), number - 1, None), None)
+    if not isinstance(raw, readers.Raw):
+        raise ValueError(f"{piece.path} was changed since it was read: run the same command again")
+    return _located(piece, raw)
+
+
+def _located(piece: Piece, raw: readers.Raw) -> str:
+    part = raw.part
+    if part.startswith("byte "):
+        part = f"line {readers.line_number(piece.path, int(part.removeprefix('byte ')))}"
+    return f"{piece.path}{part and ', '}{part}"
 
 
 def _raw_documents(piece: Piece, text_key: str) -> Iterator[readers.Raw | readers.Ignored]:
@@ -187,10 +207,7 @@ def _text(raw: readers.Raw, piece: Piece, text_key: str, counts: Counts, strict:
             text, is_clean = _clean(_json_text(text, text_key), strict)
             is_valid = is_valid and is_clean
     except ValueError as error:
-        part = raw.part
-        if part.startswith("byte "):
-            part = f"line {readers.line_number(piece.path, int(part.removeprefix('byte ')))}"
-        raise ValueError(f"{piece.path}{part and ', '}{part}: {error}") from None
+        raise ValueError(f"{_located(piece, raw)}: {error}") from None
     if not is_valid:
         counts.add_invalid(piece.path)
     return text

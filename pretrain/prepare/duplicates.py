@@ -1,8 +1,9 @@
 """Which documents of a preparation are left out as duplicates: decided in one place, in the order of the input.
 
 sign_part (parts.py) saves for each part, in signed/00012/, what is compared (a row for each document that the filters
-keep) and the piece that each document is of. `decide` adds, for each document, the number of the earlier one that it is
-a duplicate of, counted over the whole input, or -1.
+keep) and the place of each: two numbers. `decide` adds, for each document, the number of the earlier one that it is a
+duplicate of, counted over the whole input, or -1. From numbers to places that a user can open is the way of the few
+examples of a report only, at the end.
 """
 
 import hashlib
@@ -13,16 +14,18 @@ import numpy as np
 
 from pretrain.files import write_atomically
 from pretrain.prepare.dedup import first_occurrences, near_duplicates
+from pretrain.prepare.documents import source_of
+from pretrain.prepare.filters import Report
 from pretrain.prepare.plan import DUPLICATES_NAME, SIGNED, Plan
 
-SIGNATURES_NAME, PIECES_NAME = "signatures.npy", "pieces.npy"
+SIGNATURES_NAME, PLACES_NAME = "signatures.npy", "places.npy"
 ENDS_NAME, DECIDED_NAME = "ends.npy", "decided"  # of the whole input, beside the parts
 
 
-def save_signatures(folder: Path, rows: list[np.ndarray], pieces: list[int]) -> None:
-    """What sign_part saves of a part."""
+def save_signatures(folder: Path, rows: list[np.ndarray], places: list[tuple[int, int]]) -> None:
+    """What sign_part saves of a part; a place: the number of the piece, and of the document in it."""
     _save(folder / SIGNATURES_NAME, np.array(rows) if rows else np.zeros((0, 0), dtype=np.uint8))
-    _save(folder / PIECES_NAME, np.array(pieces, dtype=np.int32))
+    _save(folder / PLACES_NAME, np.array(places, dtype=np.int64).reshape(-1, 2))
 
 
 def decide(plan: Plan) -> None:
@@ -52,12 +55,22 @@ def load(plan: Plan, number: int) -> np.ndarray:
     return np.load(plan.folder(SIGNED, number) / DUPLICATES_NAME, allow_pickle=False)
 
 
-def file_of(plan: Plan, document: int) -> Path:
-    """The file of a document, given its number among those of the whole input that the filters keep."""
+def name_places(plan: Plan, report: Report) -> None:
+    """Put into the examples of a report, each with the numbers of a duplicate (its part, its place among those of the
+    part that the filters keep) and of the earlier one (among those of the whole input), where the two lie.
+    """
     ends = np.load(plan.staging / SIGNED / ENDS_NAME, allow_pickle=False)
-    part = int(np.searchsorted(ends, document, side="right"))
-    pieces = _load(plan.folder(SIGNED, part) / PIECES_NAME)
-    return plan.parts[part].pieces[pieces[document - (ends[part] - len(pieces))]].path
+    for example in report.dropped[f"{plan.settings.dedup}_duplicate"].examples:
+        part, document, original = example.pop("numbers")
+        earlier = int(np.searchsorted(ends, original, side="right"))
+        first = int(ends[earlier - 1]) if earlier else 0
+        example["source"] = _source_of(plan, part, document)
+        example["detail"] = f"like {_source_of(plan, earlier, original - first)}"
+
+
+def _source_of(plan: Plan, part: int, document: int) -> str:
+    piece, number = _load(plan.folder(SIGNED, part) / PLACES_NAME)[document].tolist()
+    return source_of(plan.parts[part].pieces[piece], number, plan.settings.text_key)
 
 
 def _load(path: Path) -> np.ndarray:

@@ -51,7 +51,7 @@ class Tally:
     documents: int = 0
     bytes: int = 0
     finds: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
+    examples: list[dict] = field(default_factory=list)  # source, text, detail; of duplicates also numbers, see `drop`
 
     def add(self, other: "Tally") -> None:
         self.documents += other.documents
@@ -59,9 +59,9 @@ class Tally:
         self.finds += other.finds
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
-    def example(self, source: str, text: str, detail: str) -> None:
+    def example(self, source: str, text: str, detail: str, **more) -> None:
         if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append({"source": source, "text": _shortened(text), "detail": _shortened(detail)})
+            self.examples.append({"source": source, "text": _shortened(text), "detail": _shortened(detail), **more})
 
 
 class Report:
@@ -71,12 +71,12 @@ class Report:
         self.dropped = {reason: Tally() for reason in REASONS}
         self.scrubbed = {kind: Tally() for kind in KINDS}
 
-    def drop(self, reason: str, source: str, text: str, detail: str) -> None:
-        """Count a document that is left out."""
+    def drop(self, reason: str, source: str, text: str, detail: str = "", **more) -> None:
+        """Count a document that is left out; `more` (JSON) is kept with an example, for who says the detail later."""
         tally = self.dropped[reason]
         tally.documents += 1
         tally.bytes += len(text.encode())
-        tally.example(source, text, detail)
+        tally.example(source, text, detail, **more)
 
     def scrub(self, kind: str, source: str, text: str, span: tuple[int, int]) -> None:
         """Count what is replaced at a place in a document."""

@@ -21,7 +21,7 @@ from pretrain.prepare import duplicates
 from pretrain.prepare.dedup import MinHasher, digest
 from pretrain.prepare.documents import Counts, Document, Piece, is_held_out, read_documents, sha256_of
 from pretrain.prepare.encode import encode
-from pretrain.prepare.filters import MAX_EXAMPLES, Filters, FilterSettings, Report
+from pretrain.prepare.filters import Filters, FilterSettings, Report
 from pretrain.prepare.plan import DONE_NAME, PARTS, RUN_NAME, SIGNED, Plan
 from pretrain.shards.writer import DatasetWriter, token_dtype
 from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -126,17 +126,15 @@ def write_part(plan: Plan, number: int) -> None:
 
 def _texts_to_write(plan: Plan, number: int, tally: Tally) -> Iterator[tuple[str, _Tag]]:
     settings = plan.settings
-    originals = iter(duplicates.load(plan, number).tolist()) if settings.dedup != "none" else None
+    originals = enumerate(duplicates.load(plan, number).tolist()) if settings.dedup != "none" else None
     skipped = 0  # bytes of input whose documents were dropped
     for found in _documents(plan, number, tally):
         document = found.document
         skipped += document.input_bytes
-        original = next(originals) if originals else -1
-        if original >= 0:
-            reason = f"{settings.dedup}_duplicate"
-            quoted = found.report.dropped[reason].documents < MAX_EXAMPLES
-            detail = f"like one of {duplicates.file_of(plan, original)}" if quoted else ""
-            found.report.drop(reason, document.source, document.text, detail)
+        index, original = next(originals) if originals else (-1, -1)
+        if original >= 0:  # where the two lie is said at the end, by duplicates.name_places
+            reason, numbers = f"{settings.dedup}_duplicate", (number, index, original)
+            found.report.drop(reason, document.source, document.text, numbers=numbers)
             continue
         data = document.text.encode()
         yield document.text, _Tag(found.piece, len(data), skipped, is_held_out(data, settings.val_fraction))
@@ -151,13 +149,13 @@ def sign_part(plan: Plan, number: int) -> None:
     hasher = MinHasher() if plan.settings.dedup == "near" else None
     with _part_folder(plan, SIGNED, number) as work:
         progress, tally = Progress(work), Tally()
-        rows, pieces = [], []
+        rows, places = [], []
         for found in _documents(plan, number, tally):
             text = found.document.text
             rows.append(hasher.signature(text) if hasher else np.frombuffer(digest(text), np.uint8))
-            pieces.append(len(tally.pieces) - 1)
+            places.append((len(tally.pieces) - 1, found.document.number))
             progress.add(found.document.input_bytes, 0)
-        duplicates.save_signatures(work, rows, pieces)
+        duplicates.save_signatures(work, rows, places)
         write_synced(work / DONE_NAME, json.dumps({"key": plan.key(SIGNED, number)}).encode())
 
 
@@ -172,7 +170,7 @@ def _documents(plan: Plan, number: int, tally: Tally) -> Iterator[_Found]:
             skipped += document.input_bytes
             text = filters.apply(document.text, document.source, report)
             if text is not None:
-                yield _Found(Document(text, skipped, document.source), facts, report)
+                yield _Found(Document(text, skipped, document.source, document.number), facts, report)
                 skipped = 0
         tally.end(piece, counts, report)
         now = piece.path.stat()

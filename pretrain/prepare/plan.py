@@ -7,7 +7,7 @@ The staging folder, beside the output until it gets its name:
     parts/00012/              a finished part: shards as DatasetWriter names them (with a split: in train/ and val/)
     parts/00012/done.json     its key (a hash of all that decides its content), its shards, and what went in
     parts/00013.3f2a/         a part under way, of run 3f2a
-    signed/00012/             with deduplication, the pass before: digests or signatures of the documents
+    signed/00012/             with deduplication, the pass before: digests or signatures of documents, and their places
     final/                    the output, assembled from the parts; becomes the output with one rename
 """
 
@@ -24,7 +24,7 @@ from pretrain.prepare.filters import FilterSettings
 from pretrain.prepare.finding import InputFile, find_files
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 2  # of the parts: raise it when the same input and settings give other bytes
+FORMAT = 3  # of the parts: raise it when the same input and settings give other bytes or notes
 SIGNED, PARTS = "signed", "parts"  # the passes, and their folders
 RUN_NAME, DONE_NAME, DUPLICATES_NAME = "run", "done.json", "duplicates.npy"
 DEDUP = ("none", "exact", "near")

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.files import check_new_folder, lock, sync_folder, write_atomically, write_synced
+from pretrain.prepare import duplicates
 from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import Report
 from pretrain.prepare.finding import PassedOver
@@ -113,6 +114,8 @@ def assemble(
     for entry in done:
         counts.merge(Counts(**entry["counts"]))
         report.merge(Report.from_json(entry["report"]))
+    if plan.settings.dedup != "none":
+        duplicates.name_places(plan, report)
     moves, manifests = [], []
     for split in plan.settings.splits:
         shards = _final_shards(plan, split, done, moves)

@@ -465,7 +465,7 @@ def test_filters_from_the_command_line_to_the_report(tokenizer, tmp_path, capsys
         return text[:200] + "..."
 
     too_long = f"{len(texts['c.txt']):,} characters, at most 5,000 wanted"
-    alike, long, dirty = f"like one of {source('a.txt')}", texts["c.txt"], texts["d.txt"]
+    alike, long, dirty = f"like {source('a.txt')}", texts["c.txt"], texts["d.txt"]
     assert report["dropped"] == {
         "too_short": tally(1, 5, (source("b.txt"), "short", "5 characters, at least 10 wanted")),
         "too_long": tally(1, len(long), (source("c.txt"), short(long), too_long)),
