@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{output} {what}, or choose another --output")
     check_new_folder(output)
     found = find_files(args.input, args.include, args.exclude)
-    if note := found.note():
+    for note in found.notes():
         print(f"note: {note}")
     counts = Counts()
     texts = sample(found.files, args.text_key, int(args.max_mb * 1e6), args.val_fraction, counts)

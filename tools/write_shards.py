@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output).resolve()
     tokenizer = load_tokenizer(args.tokenizer)
     found = find_files(args.input, args.include, args.exclude)
-    if note := found.note():
+    for note in found.notes():
         print(f"note: {note}")
     settings = make_settings(args, tokenizer)
     for line in load_filters(settings.filters).notes():
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                 work(plan, SIGNED, sign_part, "looking for duplicates", args)
                 duplicates.decide(plan)
             work(plan, PARTS, write_part, "tokenizing", args)
-            result = staging.assemble(plan, tokenizer, output, found.passed_over)
+            result = staging.assemble(plan, tokenizer, output, found)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise staging.no_room(plan, error, output) from None

@@ -3,22 +3,26 @@
 import fnmatch
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from pretrain.examples.decompress import check_content, content_suffix, is_compressed
+from pretrain.examples.decompress import DAMAGE, check_content, content_suffix, decompressed, is_compressed
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .rb .pl .r .jl .sh .sql .lua "
-    ".scala .kt .swift .html .css .jsonl".split()
+SOURCE_SUFFIXES = frozenset(
+    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .rb .pl .r .jl .sh .sql .lua .scala .kt .swift .css".split()
 )
+TEXT_SUFFIXES = SOURCE_SUFFIXES | frozenset(".txt .text .md .rst .tex .html .jsonl".split())
 TABLE_SUFFIXES = frozenset({".json", ".csv", ".tsv"})  # of a folder, only those that --include names
 CONTAINER_SUFFIXES = frozenset({".parquet", ".tar"})
 _ARCHIVES = frozenset(".tgz .tbz2 .txz .zip .7z .rar .bz2 .xz".split())
 OTHER_KIND = "of a kind that is not read"
+LISTED = 1000  # of the names of files that are told of
+_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+html|html)\b", re.IGNORECASE)
+_HEAD_BYTES = 1024  # of a file, to see what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,40 @@ class PassedOver(NamedTuple):
 
 
 class Found(NamedTuple):
+    """The files to read, and what a user should know of: names of files passed over, of those read as plain text that
+    begin like HTML, and of source code that nobody asked for.
+    """
+
     files: list[InputFile]
     passed_over: list[PassedOver]
+    html: list[str]
+    source_code: list[str]
 
-    def note(self) -> str:
-        """What a user should know of, or an empty string."""
+    def facts(self) -> dict:
+        """What is to be kept of it, as JSON: of each kind that there is the count, and the first names."""
+        lists = {
+            "passed_over": [one._asdict() for one in self.passed_over[:LISTED]],
+            "html": self.html[:LISTED], "source_code": self.source_code[:LISTED],
+        }  # fmt: skip
+        return {name: {"count": len(getattr(self, name)), "first": first} for name, first in lists.items() if first}
+
+    def notes(self) -> list[str]:
+        """Lines to print."""
+        lines = [self._passed_over()] if self.passed_over else []
+        if self.html:
+            lines.append(
+                f"{_files(self.html, 'looks', 'look')} like HTML (first: {self.html[0]}): their tags become text: "
+                "extract it first (as with trafilatura), or leave them out with --exclude GLOB"
+            )
+        if self.source_code:
+            lines.append(
+                f"{_files(self.source_code, 'is', 'are')} source code by name (first: {self.source_code[0]}), of "
+                f"{len(self.files):,} that are read: leave them out with --exclude GLOB, or name with --include GLOB "
+                "what you mean"
+            )
+        return lines
+
+    def _passed_over(self) -> str:
         notes = []
         for reason, count in Counter(reason for _, reason in self.passed_over).items():
             names = [name for name, why in self.passed_over if why == reason]
@@ -54,7 +87,11 @@ class Found(NamedTuple):
             if reason == OTHER_KIND:
                 which = f"{', '.join(f'{kind} {n:,}' for kind, n in kinds)}: --include GLOB takes them"
             notes.append(f"{count:,} {reason} ({which})")
-        return f"passed over: {'; '.join(notes)}" if notes else ""
+        return f"passed over: {'; '.join(notes)}"
+
+
+def _files(names: list[str], one: str, many: str) -> str:
+    return f"{len(names):,} file {one}" if len(names) == 1 else f"{len(names):,} files {many}"
 
 
 def find_files(inputs: Sequence[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Found:
@@ -74,7 +111,10 @@ def find_files(inputs: Sequence[str | Path], include: Sequence[str] = (), exclud
         suffixes = "a text suffix (.txt, .py, .jsonl, .txt.gz, .parquet, .tar, ...)"
         wanted = f"matches {' '.join(include)}" if include else f"has {suffixes}"
         raise ValueError(f"no file under {' '.join(map(str, inputs))} {wanted}: choose files with --include GLOB")
-    return Found([_checked(path) for path in search.files.values()], search.passed_over)
+    html: list[str] = []
+    files = [_checked(path, html) for path in search.files.values()]
+    are_meant = len(search.source_code) == len(files)
+    return Found(files, search.passed_over, html, [] if are_meant else search.source_code)
 
 
 class _Search:
@@ -83,13 +123,16 @@ class _Search:
         self.files: dict[str, Path] = {}  # by what they really are
         self.folders: dict[str, Path] = {}
         self.passed_over: list[PassedOver] = []
+        self.source_code: list[str] = []  # that was neither named nor included
 
-    def take(self, path: Path) -> None:
+    def take(self, path: Path, is_meant: bool = True) -> None:
         real = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(str(path.parent)), path.name)
         if real in self.files:
             self.passed_over.append(PassedOver(str(path), "read already, by another name"))
         else:
             self.files[real] = path
+            if not is_meant and content_suffix(path) in SOURCE_SUFFIXES:
+                self.source_code.append(str(path))
 
     def walk(self, folder: Path) -> None:
         for path in self._paths(folder):
@@ -101,7 +144,7 @@ class _Search:
                 reason = "links to nothing" if path.is_symlink() else "no plain files"
                 self.passed_over.append(PassedOver(str(path), reason))
             elif has_suffix or self.include:
-                self.take(path)
+                self.take(path, is_meant=bool(self.include))
             else:
                 self.passed_over.append(PassedOver(str(path), OTHER_KIND))
 
@@ -132,8 +175,10 @@ def _matches(path: Path, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
 
 
-def _checked(path: Path) -> InputFile:
-    """The file, which can be opened and is what its name says: before any work, not after hours of it."""
+def _checked(path: Path, html: list[str]) -> InputFile:
+    """The file, which can be opened and is what its name says: before any work, not after hours of it. Added to `html`
+    if it looks like that.
+    """
     leave_out = "or leave it out with --exclude"
     try:
         str(path).encode()
@@ -147,6 +192,15 @@ def _checked(path: Path) -> InputFile:
     try:
         with open(path, "rb") as file:
             check_content(path, file)
+            if _is_html(path, file):
+                html.append(str(path))
             return InputFile(str(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): see its permissions, {leave_out}") from None
+
+
+def _is_html(path: Path, file: BinaryIO) -> bool:
+    try:
+        return bool(_HTML.match(decompressed(path, file).read(_HEAD_BYTES)))
+    except (*DAMAGE, OSError):  # said with its name when it is read
+        return False

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pretrain.files import check_new_folder, lock, sync_folder, write_atomically
 from pretrain.prepare import duplicates
 from pretrain.prepare.documents import Counts
 from pretrain.prepare.filters import Report
-from pretrain.prepare.finding import PassedOver
+from pretrain.prepare.finding import Found
 from pretrain.prepare.plan import PARTS, RUN_NAME, SIGNED, Plan
 from pretrain.shards.manifest import INDEX_NAME, Manifest, Shard, save
 from pretrain.shards.remote import Store
@@ -29,7 +29,6 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 FINAL, MOVES_NAME = "final", "moves.json"
 INPUTS_NAME, REPORT_NAME = "inputs.json", "report.json"
 INPUTS_FORMAT = 1
-LISTED = 1000  # of the names that were passed over
 
 
 @contextlib.contextmanager
@@ -104,9 +103,7 @@ def add_tokenizer(staging: Path, tokenizer: Tokenizer) -> None:
     write_atomically(staging / tokenizer.file_name, tokenizer.file_bytes)
 
 
-def assemble(
-    plan: Plan, tokenizer: Tokenizer, output: Path, passed_over: Sequence[PassedOver] = ()
-) -> tuple[list[Manifest], Counts, Report]:
+def assemble(plan: Plan, tokenizer: Tokenizer, output: Path, found: Found) -> tuple[list[Manifest], Counts, Report]:
     """Turn the finished parts into the output: a manifest of each split, what was read, and what was left out."""
     # of the pieces of the input there may be millions: they are read again, a part at a time, when they are written
     done = [_without_pieces(plan.done(PARTS, number)) for number in range(len(plan.parts))]
@@ -126,7 +123,7 @@ def assemble(
     for split, manifest in zip(plan.settings.splits, manifests, strict=True):
         write_atomically(final / split / tokenizer.file_name, tokenizer.file_bytes)
         save(manifest, final / split)
-    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report, passed_over)
+    _write_inputs(final / INPUTS_NAME, plan, tokenizer, manifests, counts, report, found)
     if report.summary():
         write_synced(final / REPORT_NAME, (json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     sync_folder(final)
@@ -205,7 +202,7 @@ def _undo_moves(staging: Path) -> None:
 
 def _write_inputs(
     path: Path, plan: Plan, tokenizer: Tokenizer, manifests: list[Manifest], counts: Counts, report: Report,
-    passed_over: Sequence[PassedOver],
+    found: Found,
 ) -> None:  # fmt: skip
     """inputs.json, the manifest of what went in: the options, and each piece of the input with what became of it."""
     dropped = {reason: tally.documents for reason, tally in report.dropped.items() if tally.documents}
@@ -222,8 +219,7 @@ def _write_inputs(
     }
     if counts.bad:
         facts["bad"] = {"count": counts.bad, "first": counts.bad_rows}
-    if passed_over:
-        facts["passed_over"] = {"count": len(passed_over), "first": [one._asdict() for one in passed_over[:LISTED]]}
+    facts |= found.facts()
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(facts, indent=1, ensure_ascii=False).removesuffix("\n}") + ',\n "inputs": [\n')
         for number in range(len(plan.parts)):

@@ -48,7 +48,7 @@ def test_links_are_followed_once_and_what_is_not_read_is_named(tree, tmp_path, c
         "pipe.txt": "no plain files", "inner/text.txt": "read already, by another name",
         "inner/loop": "folders met already, by another name", "linked": "folders met already, by another name",
     }  # fmt: skip
-    note = find_files([tree]).note()
+    (note,) = find_files([tree]).notes()
     assert "3 of a kind that is not read (.json 2, .csv 1: --include GLOB takes them)" in note
     assert f"1 links to nothing (first: {tree / 'gone.txt'})" in note
     assert names(tree, exclude=["*.json", "*.csv", "pipe*", "gone*", "again", "alias*", "loop"]) == (
@@ -62,6 +62,50 @@ def test_what_was_passed_over_is_told_and_kept(tree, tmp_path, byte_tokenizer, c
     assert "note: passed over: 3 of a kind" in capsys.readouterr().out
     kept = json.loads((tmp_path / "out" / "inputs.json").read_text())["passed_over"]
     assert kept["count"] == 8 and {"file": str(tree / "gone.txt"), "reason": "links to nothing"} in kept["first"]
+
+
+HTML = {
+    "page.html": b"<!DOCTYPE html>\n<p>x", "plain.txt": b"\xef\xbb\xbf \n\n<HTML lang=en><p>x",
+    "old.md": b'<?xml version="1.0"?>\n<!doctype  HTML PUBLIC "x">', "packed.txt.gz": gzip.compress(b"<html>\n<p>x"),
+    "packed.txt.zst": zstandard.ZstdCompressor().compress(b"<html>\n<p>x"),
+}  # fmt: skip
+TEXT = {
+    "part.html": b"<p>no page", "about.txt": b"Write <html> first.", "empty.txt": b"", "tag.txt": b"<htmlish>",
+    "rows.jsonl": b'{"text": "<html>"}', "far.txt": b" " * 5000 + b"<html>",
+}  # fmt: skip
+
+
+def test_pages_that_are_taken_as_plain_text_are_told_and_kept(tmp_path, byte_tokenizer, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in (HTML | TEXT).items():
+        (folder / name).write_bytes(data)
+    expected = sorted(str(folder / name) for name in HTML)
+    assert find_files([folder]).html == expected
+    assert find_files([folder / name for name in sorted(HTML | TEXT)]).html == expected  # named outright: the same
+    write_shards.main([*map(str, ["--input", folder, "--tokenizer", byte_tokenizer, "--output", tmp_path / "out"])])
+    assert (f"note: 5 files look like HTML (first: {expected[0]}): their tags become text: extract it first (as with "
+            "trafilatura), or leave them out with --exclude GLOB\n") in capsys.readouterr().out  # fmt: skip
+    kept = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert kept["html"] == {"count": 5, "first": expected} and "source_code" not in kept and "passed_over" not in kept
+
+
+def test_source_code_is_told_where_nobody_asked_for_it(tmp_path, byte_tokenizer, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.txt", "b.py", "c.C.gz", "d.md", "e.js"):
+        (folder / name).write_bytes(gzip.compress(b"text") if name.endswith(".gz") else b"text")
+    expected = [str(folder / name) for name in ("b.py", "c.C.gz", "e.js")]
+    assert find_files([folder]).source_code == expected
+    for meant in (find_files([folder], include=["*.py", "*.txt"]), find_files([folder], exclude=["*.txt", "*.md"]),
+                  find_files([folder / "a.txt", folder / "b.py"])):  # fmt: skip
+        assert meant.source_code == [] and meant.notes() == []
+    write_shards.main([*map(str, ["--input", folder, "--tokenizer", byte_tokenizer, "--output", tmp_path / "out"])])
+    assert (f"note: 3 files are source code by name (first: {expected[0]}), of 5 that are read: leave them out with "
+            "--exclude GLOB, or name with --include GLOB what you mean\n") in capsys.readouterr().out  # fmt: skip
+    kept = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert kept["source_code"] == {"count": 3, "first": expected} and "html" not in kept
+    assert find_files([folder], exclude=["e.*", "c.*"]).notes()[0].startswith("1 file is source code by name")
 
 
 @pytest.fixture

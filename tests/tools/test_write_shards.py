@@ -269,6 +269,7 @@ def start_slow(folder, tokenizer, output) -> subprocess.Popen:
         env=forked.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline().startswith("note: passed over: 1 of a kind that is not read (.png 1")
+    assert process.stdout.readline().startswith("note: 20 files are source code by name (first: ")
     assert process.stdout.readline() == "waiting\n"
     return process
 
