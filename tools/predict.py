@@ -9,15 +9,13 @@ is printed.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from pretrain.cli import run_tool
-from pretrain.examples.tables import Table, read_table
+from pretrain.examples.tables import Table, plain, read_table
 from pretrain.files import check_output, write_output
 from pretrain.predict import Predictor
 
@@ -74,16 +72,6 @@ def write(predictor: Predictor, table: Table, args: argparse.Namespace) -> None:
         print(f"{len(table.rows):,} predictions in {args.output}")
     else:
         sys.stdout.write(lines)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can say it: what only Parquet has (times, decimals, bytes, nan) as text."""
-    if isinstance(value, dict):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    is_known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if is_known else str(value)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,16 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: what only Parquet has (times, decimals, bytes, nan) as text."""
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    is_known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_known else str(value)
+
+
 def read_table(locations: str | list[str], key: str) -> Table:
     """The rows of files, one after the other; of a folder, its files in the order of their names.
 

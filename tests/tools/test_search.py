@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,55 @@ def test_the_tool_reads_a_folder_of_texts(runs, tmp_path, capsys):
     search.main([*line, "--query", "class A: pass", "--top", "1"])
     found = capsys.readouterr().out
     assert f"1.000  {tmp_path}/texts/sub/b.md" in found and "a.txt" not in found
+
+
+def test_columns_of_the_table_are_shown_with_what_is_found(runs, tmp_path, capsys):
+    index, found = tmp_path / "my.index", tmp_path / "found.jsonl"
+    line = [str(runs / "tuned"), "--index", str(index)]
+    rows = [
+        {"text": "import os", "title": "The  os\nmodule " + "x" * 400, "tags": ["a", 1], "other": "unseen"},
+        {"text": "class A: pass", "tags": None}, {"text": None, "title": "nothing"}, {"title": "nothing"}, {"text": ""},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    search.main([*line, "--texts", str(tmp_path / "a.jsonl"), "--show", "tags, title"])
+    search.main([*line, "--query", "import os"])
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        f"   1   1.000  {tmp_path}/a.jsonl, line 1", '      tags: ["a", 1]',
+        f"      title: The os module {'x' * (300 - len('The os module '))}…", "      import os",
+        f"   2 {json.loads(lines_of(line, found)[0])['results'][1]['score']:7.3f}  {tmp_path}/a.jsonl, line 2",
+        "      tags: null", "      class A: pass",
+    ]  # fmt: skip
+    results = json.loads(lines_of(line, found)[0])["results"]
+    assert [row["columns"] for row in results] == [{"tags": ["a", 1], "title": rows[0]["title"]}, {"tags": None}]
+    results = json.loads(lines_of([*line, "--show", "title"], found)[0])["results"]
+    assert [row["columns"] for row in results] == [{"title": rows[0]["title"]}, {}]
+
+
+def lines_of(line: list[str], output: Path) -> list[str]:
+    search.main([*line, "--query", "import os", "--output", str(output)])
+    return output.read_text().splitlines()
+
+
+def test_an_unknown_column_is_refused_before_any_work(runs, tmp_path):
+    """No model is there, and none is missed."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "import os", "title": "os", "url": "x"}) + "\n")
+    make = ["--texts", str(tmp_path / "a.jsonl"), "--index", str(tmp_path / "index")]
+    there = r"a.jsonl has no column 'titel' \(did you mean 'title'\?\): there is text, title, url; .* --show="
+    with pytest.raises(ValueError, match=there):
+        search.main([str(tmp_path / "no model"), *make, "--show", "url,titel"])
+    with pytest.raises(ValueError, match="a.jsonl has no column 'body': there is text, title, url; .* --text-key="):
+        search.main([str(tmp_path / "no model"), *make, "--show", "url", "--text-key", "body"])
+    for wrong in ("", "a,,b"):
+        with pytest.raises(SystemExit):
+            search.main([str(runs / "tuned"), *make, "--show", wrong])
+    search.main([str(runs / "tuned"), *make, "--show", "url,title"])
+    kept = r"keeps no column 'text' \(there is: url, title\): it keeps those that --show names when it is made"
+    with pytest.raises(ValueError, match=kept):
+        search.main([str(tmp_path / "no model"), "--index", str(tmp_path / "index"), "--query", "x", "--show", "text"])
+    make[-1] += "2"
+    search.main([str(runs / "tuned"), *make])
+    with pytest.raises(ValueError, match=r"'url' \(there is: none\)"):
+        search.main([str(runs / "tuned"), *make[2:], "--query", "x", "--show", "url"])
 
 
 def test_an_index_of_other_weights_is_refused(runs, tmp_path):
