@@ -1,22 +1,25 @@
 """A model that was tuned for a task, applied to a table of new examples."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pretrain import dist, hardware
 from pretrain.checkpoint.load import run_of
 from pretrain.config import compose
 from pretrain.config.schema import Config
+from pretrain.examples.stream import Examples
 from pretrain.examples.tables import Table
 from pretrain.hub import convert
 from pretrain.tasks import make_task
-from pretrain.tasks.task import encode_and_tell
-from pretrain.tasks.validation import TaskValidation, predict
+from pretrain.tasks.task import Written, encode_and_tell
+from pretrain.tasks.validation import TaskValidation, continued, predict
 from pretrain.tokenizer.tokenizer import load_tokenizer
 
 THE_MODELS_OWN = ("name", "labels", "multi_label", "pooling")  # settings that belong to what the weights were tuned for
@@ -41,8 +44,28 @@ class Predictor:
         if told is not None:
             return told
         examples = self.task.encode(table, with_gold=False)
-        rows = predict(self.task, examples, batch_size, self._evaluate, dist.ALONE, self.device, on_rows)
-        return self.task.outputs(table, examples, rows[:, 2:])
+        return self.task.outputs(table, examples, self._predict(examples, batch_size, on_rows)[:, 2:])
+
+    def told_and_judged(
+        self, table: Table, batch_size: int, on_rows: Callable[[int], object]
+    ) -> tuple[list[dict], dict[str, float], list[dict]]:
+        """`outputs` and `judged`, out of one pass of the model; rows that cannot be judged are told on their own."""
+        examples, written = encode_and_tell(self.task, table), {}
+        validation = TaskValidation(self.task, table, examples, batch_size)
+        told = self.task.respond(self.model, table, batch_size, on_rows, written)
+        if told is not None:
+            rows = self._predict(examples, batch_size)
+        else:
+            judged = np.unique(examples.rows) if examples.dropped else np.arange(len(table.rows))
+            others = np.setdiff1d(np.arange(len(table.rows)), judged)
+            told_others = self.outputs(table.only(others), batch_size, on_rows) if len(others) else []
+            rows = self._predict(examples, batch_size, on_rows)
+            renumbered = replace(examples, rows=np.searchsorted(judged, examples.rows))
+            told_judged = self.task.outputs(table.only(judged), renumbered, rows[:, 2:])
+            order = np.argsort(np.concatenate([judged, others]))
+            told = [(told_judged + told_others)[number] for number in order]
+        found = validation.judge(rows, functools.partial(self._write, written, batch_size))
+        return told, *self._named(found, validation)
 
     def figures(self, table: Table, batch_size: int) -> dict[str, float]:
         """How good it is on a table that has what is to be predicted; rows that are left out are said."""
@@ -52,11 +75,27 @@ class Predictor:
         """`figures`, and those of each label where the task has them."""
         examples = encode_and_tell(self.task, table)
         validation = TaskValidation(self.task, table, examples, batch_size)
-        found = validation.run(self._evaluate, dist.ALONE, self.device)
+        return self._named(validation.run(self._evaluate, dist.ALONE, self.device), validation)
+
+    def _named(self, found: dict[str, float], validation: TaskValidation) -> tuple[dict[str, float], list[dict]]:
         if self.task.config.class_weights != "none":
             found.pop("val_loss")  # it is not weighted here: the weights are those of the training examples
         figures = {name.removeprefix("val_"): value for name, value in found.items() if math.isfinite(value)}
         return figures, validation.facts.get("per_label", [])
+
+    def _predict(
+        self, examples: Examples, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
+    ) -> np.ndarray:
+        return predict(self.task, examples, batch_size, self._evaluate, dist.ALONE, self.device, on_rows)
+
+    def _write(
+        self, written: Written, batch_size: int, prompts: list[list[int]], max_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """As `continued`, but for what was written before."""
+        if new := [prompt for prompt in prompts if tuple(prompt) not in written]:
+            found = continued(batch_size, self._evaluate, dist.ALONE, new, max_tokens, stop_ids)
+            written = written | dict(zip(map(tuple, new), found, strict=True))
+        return [written[tuple(prompt)] for prompt in prompts]
 
     @torch.no_grad()
     def _evaluate(self, function: Callable[..., torch.Tensor], **batch: torch.Tensor) -> torch.Tensor:

@@ -45,24 +45,32 @@ def main(argv: list[str] | None = None) -> None:
     if writes and COLUMN in table.columns:
         raise ValueError(f"{table.location} has a column {COLUMN!r} already: rename it")
     predictor = Predictor(args.run, args.precision, args.overrides)
+    judged = None if writes else predictor.judged(table, args.batch_size)
     if writes:
-        write(predictor, table, args)
-    if args.score:
-        figures, of_each = predictor.judged(table, args.batch_size)
+        with tqdm(total=len(table.rows), desc="predicting", unit=" examples") as bar:
+            if args.score:
+                told, *judged = predictor.told_and_judged(table, args.batch_size, bar.update)
+            else:
+                told = predictor.outputs(table, args.batch_size, bar.update)
+        write(told, table, args)
+    if judged:
         print(f"{args.run} on {table.location}")
-        for name, value in figures.items():
-            print(f"  {name:18} {value:10.4f}")
-        if of_each:
-            print(f"  {'label':18} {'precision':>10} {'recall':>10} {'f1':>10} {'support':>10}")
-        for row in of_each:
-            values = "".join(f" {row[name]:10.4f}" for name in ("precision", "recall", "f1"))
-            print(f"  {row['label']:18}{values} {row['support']:10,}")
+        tell(*judged)
 
 
-def write(predictor: Predictor, table: Table, args: argparse.Namespace) -> None:
-    """The predictions of all rows, into the file when they are complete, or to the terminal."""
-    with tqdm(total=len(table.rows), desc="predicting", unit=" examples") as bar:
-        told = predictor.outputs(table, args.batch_size, bar.update)
+def tell(figures: dict[str, float], of_each: list[dict]) -> None:
+    """The figures, and those of each label."""
+    for name, value in figures.items():
+        print(f"  {name:18} {value:10.4f}")
+    if of_each:
+        print(f"  {'label':18} {'precision':>10} {'recall':>10} {'f1':>10} {'support':>10}")
+    for row in of_each:
+        values = "".join(f" {row[name]:10.4f}" for name in ("precision", "recall", "f1"))
+        print(f"  {row['label']:18}{values} {row['support']:10,}")
+
+
+def write(told: list[dict], table: Table, args: argparse.Namespace) -> None:
+    """The predictions of all rows, into the file, or to the terminal."""
     lines = "".join(
         json.dumps({**plain(row), COLUMN: said}, ensure_ascii=False) + "\n"
         for row, said in zip(table.rows, told, strict=True)

@@ -6,6 +6,7 @@ Every mistake is named with its file and place, and nothing is guessed: no row i
 import difflib
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,10 @@ class Table:
         """`count` rows, spread evenly over the table; 0, or as many as there are: all of them."""
         if not 0 < count < len(self.rows):
             return self
-        kept = [index * len(self.rows) // count for index in range(count)]
+        return self.only([index * len(self.rows) // count for index in range(count)])
+
+    def only(self, kept: Sequence[int]) -> "Table":
+        """The rows of these numbers, which rise."""
         parts = []
         for part in self.parts:
             mine = [index for index in kept if part.first <= index < part.first + len(part.numbers)]

@@ -24,7 +24,7 @@ from pretrain.stream.objectives import batch_of
 from pretrain.stream.packing import PADDING, best_fit_decreasing, targets
 from pretrain.stream.stream import Rows
 from pretrain.tasks.language_model import LanguageModel
-from pretrain.tasks.task import Write, read_rows
+from pretrain.tasks.task import Write, Written, read_rows
 from pretrain.tokenizer.chat import ChatFormat, Message, checked_messages
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -103,8 +103,9 @@ class Instruct(LanguageModel):
         ]  # fmt: skip
 
     def respond(
-        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
-    ) -> list[dict]:
+        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None,
+        written: Written | None = None,
+    ) -> list[dict]:  # fmt: skip
         """{"response": text} for each row: what comes after its prompt, or its conversation without a last answer."""
         read, is_chat = self._conversations(table, with_gold=False)
 
@@ -119,6 +120,8 @@ class Instruct(LanguageModel):
         _, prompts, _ = read_rows(table, asked, drop_bad=False, with_gold=False)
         options = {"stop_ids": self._stop_ids(is_chat), "on_rows": on_rows}
         found = generate_all(model, prompts, self.config.max_new_tokens, batch_size, **options)
+        if written is not None:
+            written.update(zip(map(tuple, prompts), found, strict=True))
         return [{"response": self._text(ids)} for ids in found]
 
     def _conversations(self, table: Table, with_gold: bool = True) -> tuple[Callable[[int], list[Message]], bool]:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 Inputs = dict[str, torch.Tensor]
 Write = Callable[[list[list[int]], int, Sequence[int]], list[list[int]]]  # (prompts, most new ids, ids that end them)
 
+Written = dict[tuple[int, ...], list[int]]  # prompt -> the ids after it
+
 
 class Task(ABC):
     """`head` is the model's, `labels` name its outputs; `best` is the figure that says which checkpoint is best, of the
@@ -93,9 +95,12 @@ class Task(ABC):
         return {}, []
 
     def respond(
-        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None
-    ) -> list[dict] | None:
-        """Where a model writes texts: what is told to the user, one for each row. None: `outputs` tells it."""
+        self, model: nn.Module, table: Table, batch_size: int, on_rows: Callable[[int], object] = lambda count: None,
+        written: Written | None = None,
+    ) -> list[dict] | None:  # fmt: skip
+        """Where a model writes texts: what is told to the user, one for each row; into `written` goes what it wrote.
+        None: `outputs` tells it.
+        """
         return None
 
     @abstractmethod

@@ -16,7 +16,7 @@ from pretrain.evaluation.validation import Evaluate
 from pretrain.examples.stream import ExampleRows, Examples
 from pretrain.examples.tables import Table
 from pretrain.inference.generate import generate_batch
-from pretrain.tasks.task import Task
+from pretrain.tasks.task import Task, Write
 
 
 class TaskValidation:
@@ -31,9 +31,12 @@ class TaskValidation:
         """The figures, called `val_...`; of the loss only where the examples have labels to lose."""
         with progress("evaluating", len(self.examples), " examples", ranks) as on_rows:
             rows = predict(self.task, self.examples, self.micro_batch_size, evaluate, ranks, device, on_rows)
+        return self.judge(rows, functools.partial(continued, self.micro_batch_size, evaluate, ranks))
+
+    def judge(self, rows: np.ndarray, write: Write) -> dict[str, float]:
+        """The figures of what `predict` says of the examples, [n, 2 + k], and of what the model writes."""
         losses, counts = math.fsum(rows[:, 0].tolist()), int(rows[:, 1].sum())
         figures, self.details, self.facts = self.task.score(self.table, self.examples, rows[:, 2:])
-        write = functools.partial(continued, self.micro_batch_size, evaluate, ranks)
         written, told = self.task.judge_written(self.table, self.examples, write)
         self.details = told or self.details
         self.facts = self.facts | self.examples.sizes()

@@ -1,13 +1,16 @@
 """A tuned model on new examples: a run, what it was exported to and that imported again; the command that tells it."""
 
+import contextlib
 import datetime
 import decimal
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pretrain.checkpoint.load import Weights
 from pretrain.config import compose
@@ -15,8 +18,9 @@ from pretrain.config.schema import to_yaml
 from pretrain.examples.tables import read_table
 from pretrain.hub import convert, folder
 from pretrain.hub.families import fitting_head
+from pretrain.model.transformer import Transformer
 from pretrain.predict import Predictor, settings
-from tests.models import write_weights
+from tests.models import SMALL, write_weights
 from tests.task_helpers import word_pieces
 from tools import predict
 
@@ -176,6 +180,93 @@ def test_scored_pairs_have_no_loss(runs, tmp_path):
     listed = [{"body": f"w{number}", "document": f"w{number + 1}", "score": number} for number in range(9)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in listed))
     assert set(Predictor(runs / "embedding", "fp32").figures(read_table(str(pairs), "--input"), 4)) == {"spearman"}
+
+
+# Predictions and figures of one pass
+
+GOLD = {
+    "classification": lambda row: {}, "extractive_qa": lambda row: {"answers": {"text": [], "answer_start": []}},
+    "token_classification": lambda row: {"tags": ["O" if n % 2 else "B-X" for n, _ in enumerate(row["body"].split())]},
+    "embedding": lambda row: {"document": f"{row['kind']} w1"},
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def counted():
+    """How many rows the trunk of a model has computed, call by call."""
+    calls: list[int] = []
+
+    def note(module, inputs, output) -> None:
+        if isinstance(module, Transformer):
+            calls.append(len(inputs[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def quiet(count: int) -> None:
+    """Nobody watches."""
+
+
+def table_of(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_table(str(path), "--input")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predictions_and_figures_are_of_one_pass(runs, tmp_path, task):
+    good = [row | GOLD[task](row) for row in ROWS if row["body"]]
+    predictor, table = Predictor(runs / task, "fp32"), table_of(tmp_path / "good.jsonl", good)
+    with counted() as of_outputs:
+        alone = predictor.outputs(table, 16, quiet)
+    with counted() as of_judged:
+        judged = predictor.judged(table, 16)
+    with counted() as calls:
+        told, *both = predictor.told_and_judged(table, 16, quiet)
+    assert told == alone and tuple(both) == judged and judged[0]
+    assert calls == of_outputs == of_judged and sum(calls) > 40
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_that_cannot_be_judged_are_told_and_left_out_of_the_figures(runs, tmp_path, task):
+    good = [row | GOLD[task](row) for row in ROWS if row["body"]]
+    key = {"classification": "kind", "extractive_qa": "answers", "token_classification": "tags"}.get(task, "document")
+    bad = good[3] | {key: "" if task == "embedding" else 7}
+    rows = [*good[:20], bad, *good[20:], bad]
+    predictor = Predictor(runs / task, "fp32", ["task.drop_bad=true"])
+    told, *both = predictor.told_and_judged(table_of(tmp_path / "mixed.jsonl", rows), 16, quiet)
+    of_good = table_of(tmp_path / "good.jsonl", good)
+    assert told[:20] + told[21:-1] == predictor.outputs(of_good, 16, quiet)
+    assert [told[20], told[-1]] == predictor.outputs(table_of(tmp_path / "bad.jsonl", [bad, bad]), 16, quiet)
+    assert tuple(both) == predictor.judged(of_good, 16)
+
+
+def test_what_is_written_is_written_once(shards, tmp_path):
+    """But for what only the figures ask for: in the middle of a talk."""
+    config = compose.compose("finetune", ["task=instruct", "task.figures=answers", "task.max_new_tokens=5",
+                                          "run.name=x", "data.train=x", *SMALL])  # fmt: skip
+    run = tmp_path / "run"
+    write_weights(run, replace(config.model, vocab_size=512), 5)
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "task.json").write_text('{"name": "instruct", "labels": [], "multi_label": false}')
+    shutil.copy(shards / "train" / "tokenizer.model", run)
+    turns = [{"prompt": "import " * (n + 1), "response": "os"} for n in range(5)]
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    predictor = Predictor(run, "fp32")
+    for rows, more in (turns, 0), ([{"messages": talk}, {"messages": talk[2:] + talk[1:2]}], 5):
+        table = table_of(tmp_path / f"{more}.jsonl", rows)
+        with counted() as of_outputs:
+            alone = predictor.outputs(table, 4, quiet)
+        with counted() as of_judged:
+            judged = predictor.judged(table, 4)
+        with counted() as calls:
+            told, *both = predictor.told_and_judged(table, 4, quiet)
+        assert told == alone and tuple(both) == judged and {"loss", "f1"} <= set(judged[0])
+        of_loss = -(-len(predictor.task.encode(table)) // 4)
+        assert len(calls) == len(of_outputs) + of_loss + more and len(of_judged) > of_loss
 
 
 # The command
