@@ -3,6 +3,8 @@
 Everything in it comes from the run's own files; what a run does not have is left out.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from pretrain.config.schema import ModelConfig
 from pretrain.files import EVALUATION, IMPORTED, TASK, read_lines, read_object
 from pretrain.report import theme
 
+_MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+_SAYS_NOTHING = re.compile(  # names of folders that are as good for any model
+    r"[./\\~]*|(hf|my)?[_-]?(models?|checkpoints?|weights|exports?|exported|outputs?|snapshots|hf)|final|best|last|latest|"
+    r"(checkpoint|step)-\d+|[0-9a-f]{40}", re.IGNORECASE,
+)  # fmt: skip
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask", "AutoModel": "feature-extraction",
     "AutoModelForSequenceClassification": "text-classification",
@@ -155,7 +162,7 @@ def _training(run: Path, step: int) -> dict[str, str]:
     if (run / "config.yaml").is_file():
         config = compose.read(run / "config.yaml")
         if config.init:
-            facts["started from"] = Path(config.init).name
+            facts["started from"] = model_name(config.init)
         if not task:
             facts["objective"] = config.objective.name
         facts["optimizer"] = (f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.schedule.name}, "
@@ -164,6 +171,31 @@ def _training(run: Path, step: int) -> dict[str, str]:
         facts["batch"] = f"{batch} examples" if task else f"{batch} x {config.train.seq_len} tokens"
         facts["seed"] = str(config.seed)
     return facts | {f"data: {key}": f"`{value}`" for key, value in read_object(run / "data.json").items()}
+
+
+def model_name(location: str | Path) -> str:
+    """What a run, one of its checkpoints or a Hugging Face folder is called, for others: never where it lies here."""
+    path = Path(location)
+    if path.exists():
+        path = Path(os.path.abspath(path))
+    if path.parent.name == "checkpoints" and (step := re.fullmatch(r"step-(\d+)", path.name)):
+        return f"{path.parent.parent.name}, step {int(step[1]):,}"
+    if (path / "config.yaml").is_file():  # a run: whatever it is called, its maker named it so
+        return path.name
+    said = read_object(path / "config.json").get("_name_or_path")
+    if isinstance(said, str) and _MODEL_ID.fullmatch(said) and not _says_nothing(said.rpartition("/")[2]):
+        return said
+    imported = read_object(path / IMPORTED).get("source", "")
+    for name in (path.name, imported, *reversed(path.parts[:-1])):
+        if name.startswith("models--"):  # the cache of the hub: models--google--bert/snapshots/<hash>
+            return name.removeprefix("models--").replace("--", "/")
+        if not _says_nothing(name):
+            return name
+    return path.name
+
+
+def _says_nothing(name: str) -> bool:
+    return bool(_SAYS_NOTHING.fullmatch(name))
 
 
 def _quality(row: dict[str, Any], unit: str) -> str:
