@@ -33,7 +33,7 @@ from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
-from pretrain.plan import Plan, check_sample, notes, what_would_run, writes_sample
+from pretrain.plan import Plan, check_sample, notes, reasons, what_would_run, writes_sample
 from pretrain.report import page
 from pretrain.report.log import Log
 from pretrain.stream.stream import DataError
@@ -134,21 +134,23 @@ def held_elsewhere(plan: Plan) -> Refusal:
     return None
 
 
-def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) -> tuple[str, ...]:
-    """Judge whether `init` can start this run; returns the parameters that begin anew: those that `init` lacks, and
-    heads of another shape.
+def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) -> dict[str, str]:
+    """Judge whether `init` can start this run; returns the parameters that begin anew, each with the reason: those that
+    `init` lacks, and heads of another shape.
     """
-    weights, new = convert.open_model(Path(cfg.init)), []
+    weights, new = convert.open_model(Path(cfg.init), model), {}
     if isinstance(weights, Weights):
         load.verify(weights.checkpoint, ranks)
     for name, shape in parameter_shapes(model).items():
         found = weights.shapes.get(name)
         if found == shape:
             continue
-        if name.startswith("trunk.") and "lora_" not in name:
+        is_added = "lora_" in name
+        if name.startswith("trunk.") and not is_added:
             raise ValueError(f"init={cfg.init}: {name} has shape {found} there and {shape} in this model")
-        new.append(name)
-    return tuple(new)
+        lacks = "LoRA adds it" if is_added else "the model has none of this kind"
+        new[name] = lacks if found is None else f"it is {list(found)} there and {list(shape)} here"
+    return new
 
 
 def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
@@ -212,7 +214,7 @@ def attempt(action: Callable[[], Any], what: str, log: Log) -> Any:
 def tell_contents(plan: Plan, log: Log, is_new: bool) -> None:
     """Events of what a run starts from and of what it reads."""
     if plan.config.init and is_new:
-        log.event("initialised", init=plan.config.init, anew=list(plan.new_parameters))
+        log.event("initialised", init=plan.config.init, anew=list(plan.new_parameters), **reasons(plan))
     for facts in plan.stream.summary(plan.config.train.steps):
         log.event("source", **facts)
     phases = plan.stream.phase_summary(plan.config.train.steps)
@@ -269,7 +271,7 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
         header = load.fill(found, trainer.layout.fragments())
         trainer.layout.refresh(header.optimizer_steps)
         return header.step
-    weights = convert.open_model(Path(plan.config.init)) if plan.config.init else None
+    weights = convert.open_model(Path(plan.config.init), plan.model) if plan.config.init else None
     for fragment in trainer.layout.fragments():
         if fragment.kind != WEIGHT:
             continue

@@ -135,13 +135,17 @@ def tuned_model(cfg: Config, task: Task, base: ModelConfig) -> ModelConfig:
     return model
 
 
-def new_parameters(cfg: Config, model: ModelConfig, task: Task, ranks: dist.Ranks) -> tuple[str, ...]:
-    """The parameters that begin anew: also a head of the right shape, where its labels mean something else."""
+def new_parameters(cfg: Config, model: ModelConfig, task: Task, ranks: dist.Ranks) -> dict[str, str]:
+    """The parameters that begin anew, each with the reason: also a head of the right shape, where its labels mean
+    something else.
+    """
     if not cfg.init:
-        return ()
+        return {}
     new, theirs = entry.check_initial_weights(cfg, model, ranks), convert.task_of(Path(cfg.init)).get("labels", [])
     if theirs and theirs != task.labels:
-        new += tuple(name for name in parameter_shapes(model) if name.startswith("head.") and name not in new)
+        for name in parameter_shapes(model):
+            if name.startswith("head."):
+                new.setdefault(name, f"its labels are others ({among('', theirs)})")
     return new
 
 

@@ -30,8 +30,9 @@ class Plan:
     flops_per_token: Callable[[float], float]  # of a sequence length
     identity: dict  # of the data: another one is another run
     changes: tuple[str, ...]  # of the config, since the run was last started
-    find_new: Callable[[], tuple[str, ...]]  # parameters that `init` does not have; ValueError where it cannot start it
-    new_parameters: tuple[str, ...] | None  # those, where the run begins
+    find_new: Callable[[], dict[str, str]]  # parameters that begin anew, though there is `init`, each with the reason;
+    # ValueError where it cannot start the run
+    new_parameters: dict[str, str] | None  # those, where the run begins
     files: dict[str, bytes]  # further ones of the run's folder
     trainable: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
@@ -51,6 +52,16 @@ def notes(plan: Plan) -> list[str]:
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip
     return found
+
+
+def reasons(plan: Plan) -> dict[str, list[str]]:
+    """Why parameters begin anew, for an event: nothing where none does."""
+    named: dict[str, list[str]] = {}
+    for name, reason in plan.new_parameters.items():
+        named.setdefault(reason, []).append(name)
+    told = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {reason}"
+            for reason, names in named.items()]  # fmt: skip
+    return {"reasons": told} if told else {}
 
 
 def what_would_run(plan: Plan) -> str:

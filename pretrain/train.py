@@ -41,9 +41,9 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     objective = make_objective(cfg.objective, tokenizer, cfg.seed)
     sparse = cfg.objective.name == "masked_lm"
 
-    def find_new() -> tuple[str, ...]:
+    def find_new() -> dict[str, str]:
         if not cfg.init:
-            return ()
+            return {}
         check_tokenizer(cfg.init, tokenizer)
         return entry.check_initial_weights(cfg, model, ranks)
 

@@ -39,11 +39,15 @@ from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 INSTALL = how_to_install("hf")
 
 
-def open_model(path: Path) -> Weights | Source:
+def open_model(path: Path, config: ModelConfig | None = None) -> Weights | Source:
     """The weights of a run, of one of its checkpoints, or of a Hugging Face folder: `config`, `shapes`, `read(name)`,
-    `read_range(name, offset, numel)`.
+    `read_range(name, offset, numel)`. With the `config` of the model that they are for, those of a folder are what
+    transformers would load into it.
     """
-    return open_source(Path(path)) if (Path(path) / "config.json").is_file() else Weights(Path(path))
+    if not (Path(path) / "config.json").is_file():
+        return Weights(Path(path))
+    source = open_source(Path(path))
+    return source.fitted(config) if config else source
 
 
 def load_model(path: Path) -> torch.nn.Module:

@@ -232,6 +232,17 @@ def hf_tensors(config: ModelConfig, model_type: str | None = None) -> list[HFTen
     return tensors
 
 
+def head_tensors(config: ModelConfig, model_type: str, head: str, names: Collection[str]) -> dict[str, HFTensor]:
+    """Of a file of the class with another `head`: its tensors that the class of `config` has for its own head, by the
+    same names, as transformers loads them.
+    """
+    family, shapes = FAMILIES[model_type], parameter_shapes(config)
+    there = {_bare(name, family.trunk_prefix(head) or family.prefix): name for name in names}
+    wanted = (tensor for rule in family.tops.get(config.head, ()) for tensor in _apply(rule, "", shapes))
+    bare = ((_bare(tensor.name, family.prefix), tensor) for tensor in wanted)
+    return {there[name]: tensor for name, tensor in bare if name in there}
+
+
 def _expanded(rules: Collection[Rule], layers: int) -> Iterator[Rule]:
     """The rules with the number of each layer filled in, layer by layer."""
     for each_layer, group in itertools.groupby(rules, lambda rule: "{i}" in rule.theirs):

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.checkpoint.tensors import INDEX, READABLE, SINGLE, TensorFolder
 from pretrain.config.schema import ModelConfig
-from pretrain.hub.families import HFTensor, Leftover, from_hf_config, hf_tensors, label_names, match_names
+from pretrain.hub.families import HFTensor, Leftover, from_hf_config, head_tensors, hf_tensors, label_names, match_names
 from pretrain.hub.parts import BARE, LABELLED, settled
 from pretrain.hub.sentences import MODULES, POOLING, pooling_of
 from pretrain.model.heads import parameter_shapes
@@ -33,6 +33,7 @@ class Source:
 
     folder: Path
     architecture: str
+    model_type: str
     config: ModelConfig
     task: dict[str, Any]
     tokenizer: Tokenizer
@@ -63,7 +64,25 @@ class Source:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return parameter_shapes(self.config)
+        """Of the parameters that are there."""
+        trunk, shapes = parameter_shapes(self.config), {}
+        for tensor in self.listed:
+            shape = self.tensors.shape(self.found[tensor.name])
+            of_head = shape[::-1] if tensor.transposed else shape
+            shapes |= {name: trunk[name] if name.startswith("trunk.") else of_head for name in tensor.ours}
+        return shapes
+
+    def fitted(self, config: ModelConfig) -> "Source":
+        """The folder as transformers loads it into the class of `config`, which may have another head: with what the
+        files have of that, though config.json names a class without it, and without what is called otherwise there.
+        """
+        if config.head == self.config.head:
+            return self
+        trunk = [tensor for tensor in self.listed if tensor.ours[0].startswith("trunk.")]
+        tops = head_tensors(config, self.model_type, self.config.head, self.tensors.names)
+        found = {tensor.name: self.found[tensor.name] for tensor in trunk}
+        found |= {tensor.name: name for name, tensor in tops.items()}
+        return replace(self, listed=[*trunk, *tops.values()], found=found)
 
     def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
         """[offset, offset + numel) of the flat parameter; all of it is read, of parts in turn once."""
@@ -101,7 +120,7 @@ def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
     task = task_of_config(hf, config)
     if task:
         task |= {"seq_len": read_length(folder, config)}
-    return Source(folder, architecture, config, task, tokenizer, tensors, listed, found, leftovers)
+    return Source(folder, architecture, hf["model_type"], config, task, tokenizer, tensors, listed, found, leftovers)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
