@@ -117,7 +117,8 @@ def _phase(event: Event) -> str:
 
 
 def _initialised(event: Event) -> str:
-    return f"from {event['init']}" + (f"; begins anew: {listed(event['anew'])}" if event["anew"] else "")
+    anew = "; ".join(event.get("reasons") or [listed(event["anew"])])
+    return f"from {event['init']}" + (f"; begins anew: {anew}" if anew else "")
 
 
 def _journal(event: Event) -> str:

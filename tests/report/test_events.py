@@ -36,6 +36,8 @@ EXAMPLES = {"kind": "source", "examples": 1200, "tokens": 40000, "epochs": 3.0, 
      "from step 30 on 8 samples of 1,024 tokens: 75.0% web, 0.123 epochs; 25.0% books, 2.5 epochs; left behind unread: "
      "1,234 rows of web (best_fit packs the documents anew for each length)"),
     ({"kind": "initialised", "init": "runs/base", "anew": []}, "from runs/base"),
+    ({"kind": "initialised", "init": "runs/base", "anew": ["a", "b"], "reasons": ["a: LoRA", "b: its labels are"]},
+     "from runs/base; begins anew: a: LoRA; b: its labels are"),
     ({"kind": "initialised", "init": "runs/base", "anew": [f"w{i}" for i in range(10)]},
      "from runs/base; begins anew: w0, w1, w2, w3, w4, w5, w6, w7 and 2 more"),
     ({"kind": "journal", "step": 5, "rows_cut": 3, "rows_missing": 1},
