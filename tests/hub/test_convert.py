@@ -651,3 +651,20 @@ def test_memory_is_bounded_by_the_largest_tensor_not_the_model(shards, environme
         said = f"{who}: {before:.0f} -> {after:.0f} MB, for {sum(sizes):.0f} MB of model"
         # each holds some of the largest at a time, 8.7 seen as the allocator happens to give them back; all would be 11
         assert after - before < 9.5 * max(sizes), said
+
+
+def test_a_folder_that_cuts_long_texts_elsewhere_is_no_proof(shards, transformers_here, tmp_path):
+    """A pipeline of transformers cuts at the tokenizer's model_max_length: at another length its answers are others."""
+    tokenizer = load_tokenizer(shards)
+    config = families.fitting_head(model("model=bert_base", vocab_size=tokenizer.vocab_size), "sequence", 2)
+    tuned = write_run(tmp_path / "tuned", config, tokenizer)
+    facts = {"name": "classification", "labels": ["bad", "good"], "multi_label": False}
+    (tuned / "task.json").write_text(json.dumps(facts))
+    convert.export_hf(tuned, tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    assert settings["model_max_length"] == config.max_positions == 96
+    file.write_text(json.dumps(settings | {"model_max_length": 40}))
+    source = folder.open_source(tmp_path / "hf")
+    with pytest.raises(ValueError, match="a text of more than 96 tokens is cut to 40 by transformers and to 96 by"):
+        parity.prove(tmp_path / "hf", source.config, source.read, tokenizer, tmp_path / "scratch", length=96)
