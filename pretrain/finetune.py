@@ -8,6 +8,7 @@ out examples that cannot be learnt from. Started again, the same command continu
 """
 
 import functools
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -17,8 +18,10 @@ from pretrain import dist, entry, run_folder, tuning
 from pretrain.checkpoint.load import run_of
 from pretrain.cli import among
 from pretrain.config import compose
+from pretrain.config.held_out import HeldOut, column, held_out_sets, parted
 from pretrain.config.schema import Config, ModelConfig, accumulation_steps, with_steps
 from pretrain.engine.settings import check_extra
+from pretrain.evaluation.validation import together
 from pretrain.examples.stream import ExampleStream
 from pretrain.examples.tables import read_table
 from pretrain.files import TASK
@@ -57,27 +60,30 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
     model = tuned_model(cfg, task, base)
     if model.head != "lm" and (cfg.objective.name != "causal_lm" or cfg.objective.z_loss):
         raise ValueError(f"objective is for language models: leave it as it is with task={cfg.task.name}")
-    validation = open_validation(cfg, task, ranks)
-    identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256}
-    identity["val"] = validation.examples.fingerprint if validation else "none"
+    held_out = open_validation(cfg, task, ranks)
+    validations = {each.name: its for each, its in held_out.items()}
+    identity = {"train": examples.fingerprint, "tokenizer_sha256": tokenizer.sha256, "val": fingerprint(validations)}
     find_new = functools.partial(new_parameters, cfg, model, task, ranks)
     return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream, collate=task.collate, loss_rows=task.loss_rows,
-        validation=validation,
+        validation=together(validations),
         flops_per_token=functools.partial(flops_per_token, model, frozen=tuning.frozen_layers(cfg.tuning, model)),
         identity=identity,
         changes=run_folder.check(cfg, identity) if ranks.is_main else (),
         find_new=find_new, new_parameters=find_new() if run_folder.begins(cfg) else None,
-        trains_on_held_out=identity["val"] == identity["train"],
+        trains_on_held_out=tuple(
+            str(each) for each, its in held_out.items() if its.examples.fingerprint == examples.fingerprint
+        ),
         files=files, trainable=tuning.trainable(cfg.tuning, model), lr_scale=tuning.lr_scale(cfg.tuning, model),
-        best_metric=best_metric(cfg, task, validation) if validation else None,
+        best_metric=best_metric(cfg, task, validations) if validations else None,
     )  # fmt: skip
 
 
-def best_metric(cfg: Config, task: Task, validation: TaskValidation) -> str:
-    """The figure that says which checkpoint is the best."""
-    best = cfg.tuning.best or task.best_on(validation.examples)
-    known = [f"val_{figure}" for figure in task.figures_of(validation.examples)]
+def best_metric(cfg: Config, task: Task, validations: dict[str, TaskValidation]) -> str:
+    """The figure that says which checkpoint is the best: by default one of the first held-out set."""
+    first, validation = next(iter(validations.items()))
+    best = cfg.tuning.best or column(first, parted(task.best_on(validation.examples))[1])
+    known = [column(name, figure) for name, each in validations.items() for figure in task.figures_of(each.examples)]
     if best not in known:
         raise ValueError(f"tuning.best={best} is no figure of task={cfg.task.name}: take one of {', '.join(known)}")
     return best
@@ -149,12 +155,24 @@ def new_parameters(cfg: Config, model: ModelConfig, task: Task, ranks: dist.Rank
     return new
 
 
-def open_validation(cfg: Config, task: Task, ranks: dist.Ranks) -> TaskValidation | None:
-    """The held-out examples, when the config names any."""
-    if not cfg.data.val:
-        return None
-    table = read_table(cfg.data.val, "data.val").some(cfg.train.eval_samples)
-    return TaskValidation(task, table, encode_and_tell(task, table, ranks.is_main), cfg.train.micro_batch_size)
+def open_validation(cfg: Config, task: Task, ranks: dist.Ranks) -> dict[HeldOut, TaskValidation]:
+    """Each set of held-out examples that the config names."""
+    found = {}
+    for held_out in held_out_sets(cfg.data.val):
+        table = read_table(held_out.place, "data.val").some(cfg.train.eval_samples)
+        examples = encode_and_tell(task, table, ranks.is_main)
+        found[held_out] = TaskValidation(task, table, examples, cfg.train.micro_batch_size)
+    return found
+
+
+def fingerprint(validations: dict[str, TaskValidation]) -> str:
+    """What tells the held-out examples from all others: of one set without a name its own; else names count too, and
+    their order, because a run's figures and its best checkpoint go by them.
+    """
+    if "" in validations:
+        return validations[""].examples.fingerprint
+    named = [f"{name}={each.examples.fingerprint}" for name, each in validations.items()]
+    return hashlib.sha256(" ".join(named).encode()).hexdigest() if named else "none"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Plan:
     trainable: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
     best_metric: str | None = None
-    trains_on_held_out: bool = False  # the held-out data is some of the training data
+    trains_on_held_out: tuple[str, ...] = ()  # of data.val, what is some of the training data
 
 
 def notes(plan: Plan) -> list[str]:
@@ -46,8 +46,8 @@ def notes(plan: Plan) -> list[str]:
     if cfg.schedule.warmup_steps > cfg.train.steps:
         found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
                      "the learning rate never reaches optim.lr")  # fmt: skip
-    if plan.trains_on_held_out:
-        found.append(f"data.val={cfg.data.val} is trained on too: its figures are not of held-out text")
+    for held_out in plan.trains_on_held_out:
+        found.append(f"data.val={held_out} is trained on too: its figures are not of held-out text")
     if plan.new_parameters is not None:  # the run begins: later, what was recorded counts, and events say it
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip

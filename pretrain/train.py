@@ -14,9 +14,10 @@ from pathlib import Path
 from pretrain import dist, entry, run_folder
 from pretrain.checkpoint.load import run_of
 from pretrain.config import checks
+from pretrain.config.held_out import HeldOut, held_out_sets
 from pretrain.config.schema import Config, accumulation_steps, at_step, phases, with_steps
 from pretrain.engine.settings import check_extra
-from pretrain.evaluation.validation import Validation
+from pretrain.evaluation.validation import Validation, together
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
 from pretrain.plan import Plan
@@ -47,14 +48,16 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         check_tokenizer(cfg.init, tokenizer)
         return entry.check_initial_weights(cfg, model, ranks)
 
-    validation, known = open_validation(cfg, tokenizer, objective), {source.fingerprint for source in sources}
+    held_out, known = open_validation(cfg, tokenizer, objective), {source.fingerprint for source in sources}
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream,
         collate=functools.partial(batch_of, objective),
         loss_rows=functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse),
-        validation=validation,
-        trains_on_held_out=bool(validation) and not known.isdisjoint(validation.stream.state(0)["fingerprints"]),
+        validation=together({each.name: its for each, its in held_out.items()}),
+        trains_on_held_out=tuple(
+            str(each) for each, its in held_out.items() if not known.isdisjoint(its.stream.state(0)["fingerprints"])
+        ),
         flops_per_token=functools.partial(
             flops_per_token, model, predicted=cfg.objective.mask_rate if sparse else 1.0
         ),
@@ -86,13 +89,14 @@ def check_tokenizer(init: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> Validation | None:
-    """The held-out shards in their natural order, when the config names any."""
-    if not cfg.data.val:
-        return None
-    ordered = opening.open_held_out(cfg.data.val, cfg.data, cfg.train.seq_len, tokenizer)
+def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> dict[HeldOut, Validation]:
+    """Each set of held-out shards that the config names, in its natural order."""
     samples, micro = cfg.train.eval_samples, cfg.train.micro_batch_size
-    return Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
+    found = {}
+    for held_out in held_out_sets(cfg.data.val):
+        ordered = opening.open_held_out(held_out.place, cfg.data, cfg.train.seq_len, tokenizer)
+        found[held_out] = Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
+    return found
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ INSIDE = {
         "chat": {"texts", "tokenizer"},
     },
     "config": {
-        "schema": set(), "checks": {"schema"}, "overrides": {"schema"}, "help": set(),
-        "compose": {"checks", "help", "overrides", "schema"},
+        "schema": set(), "held_out": set(), "checks": {"schema"}, "overrides": {"schema"}, "help": set(),
+        "compose": {"checks", "held_out", "help", "overrides", "schema"},
     },
     "shards": {
         "cache": set(), "fetch": set(), "npy": set(), "sidecar": set(), "tar": set(), "remote": {"cache", "fetch"},

@@ -21,7 +21,7 @@ from pretrain.config.schema import Config
 from pretrain.examples.tables import read_table
 from pretrain.hub import convert
 from pretrain.model.heads import build_model
-from pretrain.plan import Plan
+from pretrain.plan import Plan, notes
 from pretrain.predict import Predictor
 from pretrain.report.page import MISTAKES as MISTAKES_SHOWN
 from pretrain.report.theme import brief, words
@@ -93,7 +93,8 @@ def examples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(models, examples, worker, tmp_path_factory):
     """Of each case: `CASE`, with dropout, in one go, `-resumed` in two; `-plain` on 2 ranks, `-alone` on 1. `over`
-    ends when nothing gets better, and was started twice. steps.json: what a step changes.
+    ends when nothing gets better, and was started twice. `several` is judged by two sets, and resumed; `other` by the
+    second alone. steps.json: what a step changes.
     """
     root = tmp_path_factory.mktemp("runs")
 
@@ -112,12 +113,16 @@ def runs(models, examples, worker, tmp_path_factory):
             line(f"{case}-plain", case, "train.steps=3", "model.dropout=0"),
         ]
         one.append(line(f"{case}-alone", case, "train.steps=3", "model.dropout=0", "train.micro_batch_size=8"))
+    sets = examples["classification"]
+    judged = (f"data.val=[own={sets}/val.jsonl,other={sets}/train.jsonl]", "tuning.best=val_other/loss")
+    several = [line("several", "classification", f"train.steps={steps}", *saving, *judged) for steps in (4, 8)]
+    two.append(line("other", "classification", "train.steps=8", *saving, f"data.val=other={sets}/train.jsonl"))
     over = ("train.epochs=0.75", "train.eval_every=1", "tuning.early_stopping=2", "optim.lr=1e-12")
     two += 2 * [line("over", "classification", *over)]
     alone = ("optim.eps=1e-20", "optim.weight_decay=0", "deepspeed=zero0", "model.dropout=0")
     steps = {name: line("unused", "classification", *alone, *more) for name, more in STEPS.items()}
     reported = [line(case, case, "train.steps=8", *saving) for case in CASES]
-    for ranks, asked in ((2, {"runs": reported, "unreported": two, "steps": {}}),
+    for ranks, asked in ((2, {"runs": reported + several, "unreported": two, "steps": {}}),
                          (1, {"runs": [], "unreported": one, "steps": steps})):  # fmt: skip
         request = root / f"runs-{ranks}.json"
         request.write_text(json.dumps(asked))
@@ -168,6 +173,46 @@ def test_the_best_checkpoint_is_kept_and_used(runs, case):
     assert checkpoint_of(runs / case).name == f"step-{best['step']:09d}"
     kept = {path.name for path in committed(runs / case / "checkpoints")}
     assert kept == {f"step-{best['step']:09d}", "step-000000008"}
+
+
+def test_the_figures_of_each_of_several_sets_are_those_of_a_run_with_it_alone(runs):
+    """To the last bit, with a name or without, over a resume."""
+    both, own, other = (journal(runs / name) for name in ("several", "classification", "other"))
+    for row, of_own, of_other in zip(both, own, other, strict=True):
+        expected = {name.replace("val_", "val_own/"): value for name, value in figures(of_own).items()}
+        assert figures(row) == expected | figures(of_other)
+    assert [row["step"] for row in both if figures(row)] == [4, 8] and "val_other/macro_f1" in both[7]
+    result, alone = (json.loads((runs / name / "result.json").read_text()) for name in ("several", "other"))
+    best = min((row for row in both if figures(row)), key=lambda row: row["val_other/loss"])
+    assert result["metric"] == "val_other/loss" and alone["metric"] == "val_other/macro_f1", "the first set's own"
+    assert (result["step"], result["best"]) == (best["step"], best["val_other/loss"])
+    assert checkpoint_of(runs / "several").name == f"step-{best['step']:09d}"
+
+
+def test_examples_of_several_sets_are_told_apart_in_what_a_run_leaves(runs, examples):
+    result = json.loads((runs / "several" / "result.json").read_text())
+    said = rows_of(runs / "several" / "predictions.jsonl")
+    for name, split in (("own", "val"), ("other", "train")):
+        gold = [row["label"] for row in rows_of(examples["classification"] / f"{split}.jsonl")]
+        mine = [row for row in said if row["set"] == name]
+        assert [row["gold"] for row in mine] == [label for label in gold if label]
+        right = sum(row["right"] for row in mine) / len(mine)
+        assert result["figures"][f"val_{name}/accuracy"] == pytest.approx(right)
+        assert sum(map(sum, result["sets"][name]["confusion"])) == len(mine)
+    assert len(result["sets"]) == 2 and "confusion" not in result
+    one = json.loads((runs / "other" / "result.json").read_text())
+    assert "confusion" in one and "set" not in rows_of(runs / "other" / "predictions.jsonl")[0]
+
+
+def test_other_sets_other_names_or_another_order_are_another_run(check, runs, examples):
+    sets, line = examples["classification"], ("run.name=several", f"run.root={runs}", "train.steps=8",
+                                              "train.save_every=4", "model.dropout=0.1", "task.drop_bad=true",
+                                              "tuning.best=val_other/loss")  # fmt: skip
+    own, other = f"own={sets}/val.jsonl", f"other={sets}/train.jsonl"
+    assert check("classification", *line, f"data.val=[{own},{other}]").changes == ()
+    for val in (other, f"[{other},{own}]", f"[own={sets}/train.jsonl,{other}]"):
+        with pytest.raises(ValueError, match=r"another config \(data.val: \['own=.* -> .*; data .val.: "):
+            check("classification", *line, f"data.val={val}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -284,6 +329,10 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
                                        r"train.jsonl, line 1: .*2 words.*1 tag"),
     "no such figure": ("classification", ["tuning.best=val_bleu"], None, None,
                        r"val_bleu is no figure of .*val_macro_f1"),
+    "a figure of no set": (
+        "classification", ["data.val=[a=DATA/val.jsonl,b=DATA/train.jsonl]", "tuning.best=val_macro_f1"], None, None,
+        r"val_macro_f1 is no figure of task=classification: take one of val_a/loss, val_a/macro_f1, val_a/accuracy, "
+        r"val_b/loss, val_b/macro_f1, val_b/accuracy$"),
     "a head alone that is none": ("language_model", ["tuning=head"], None, None, r"tuning=head: .*embedding"),
     "a text model for responses": ("instruct", ["init=null", "model=modernbert_10m", "data.tokenizer=TOKENIZER"], None,
                                    None, r"writes no responses"),
@@ -313,11 +362,12 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_said_before_anything_starts(check, models, tmp_path, mistake):
+def test_a_mistake_is_said_before_anything_starts(check, models, examples, tmp_path, mistake):
     task, overrides, train, val, said = MISTAKES[mistake]
-    tokenizer = models / "bert" / "tokenizer.model"
+    tokenizer, data = models / "bert" / "tokenizer.model", examples[task]
+    overrides = [each.replace("TOKENIZER", str(tokenizer)).replace("DATA", str(data)) for each in overrides]
     with pytest.raises(ValueError, match=said):
-        check(task, *(each.replace("TOKENIZER", str(tokenizer)) for each in overrides), train=train, val=val)
+        check(task, *overrides, train=train, val=val)
     assert not (tmp_path / "x").exists()
 
 
@@ -359,9 +409,14 @@ def test_what_changed_of_the_held_out_examples_is_named(check, runs, tmp_path):
         check("classification", *line)
 
 
-def test_examples_that_are_held_out_and_trained_on_are_said(check):
-    assert not check("classification").trains_on_held_out
-    assert check("classification", train=GOOD, val=GOOD).trains_on_held_out
+def test_examples_that_are_held_out_and_trained_on_are_said(check, tmp_path):
+    assert check("classification").trains_on_held_out == ()
+    assert check("classification", train=GOOD, val=GOOD).trains_on_held_out == (f"{tmp_path}/val.jsonl",)
+    both = f"data.val=[new={tmp_path}/new.jsonl,known={tmp_path}/val.jsonl]"
+    (tmp_path / "new.jsonl").write_text((tmp_path / "val.jsonl").read_text().replace('"a"', '"c"'))
+    plan = check("classification", both, train=GOOD)
+    said = f"data.val=known={tmp_path}/val.jsonl is trained on too: its figures are not of held-out text"
+    assert notes(plan) == [said]
 
 
 def test_another_length_is_named_and_not_the_digest_of_its_examples(check, runs):

@@ -25,7 +25,7 @@ PHASES = (
     "train.phases=[{from_step: 6, seq_len: 64, global_batch_size: 4, micro_batch_size: 1}, "
     "{from_step: 10, weights: [1,3]}]"
 )
-STEPS = ("train.steps=14", "train.save_every=4", "train.eval_every=14")
+STEPS = ("train.steps=14", "train.save_every=4", "train.eval_every=6")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,24 @@ def reference(train, mixed) -> Path:
     return train.root / "mixed"
 
 
+@pytest.fixture(scope="module")
+def killed(train, environment, mixed, second) -> Path:
+    """The same, killed and resumed, and judged by two sets."""
+    both = f"data.val=[own={train.shards},other={second}]"
+    assert disturb(train, environment, "mixed-killed", 8, signal.SIGKILL, *mixed, both) != 0
+    train(2, "run.name=mixed-killed", *mixed, both)
+    return train.root / "mixed-killed"
+
+
+@pytest.fixture(scope="module")
+def begun(train, mixed, second) -> list[str]:
+    """Options of the run `mixed-changed`, whose first phase is done, judged by the second of those sets alone."""
+    start = [option for option in mixed if option not in (PHASES, *STEPS)]
+    more = ("train.steps=6", "train.eval_every=14", "schedule.warmup_steps=5", f"data.val={second}", PHASES)
+    train(2, "run.name=mixed-changed", *start, *more)
+    return start
+
+
 def test_a_run_in_phases_over_two_sources(reference, shards, second):
     rows = journal(reference)
     tokens = [8 * 32] * 6 + [4 * 64] * 8
@@ -63,27 +81,41 @@ def test_a_run_in_phases_over_two_sources(reference, shards, second):
         assert phase["left"] == [] and 0 < phase["epochs"][0] < 1 and sum(phase["samples"]) in (48, 16)
 
 
-def test_one_rank_and_a_killed_run_see_the_same_batches(train, environment, mixed, reference):
+def test_one_rank_and_a_killed_run_see_the_same_batches(train, mixed, killed, reference):
     train(1, "run.name=mixed-alone", *mixed)
     alone = journal(train.root / "mixed-alone")
     assert [row["batch_hash"] for row in alone] == [row["batch_hash"] for row in journal(reference)]
     assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in journal(reference)], rel=1e-4)
-    assert disturb(train, environment, "mixed-killed", 8, signal.SIGKILL, *mixed) != 0
-    train(2, "run.name=mixed-killed", *mixed)
-    assert exact(journal(train.root / "mixed-killed")) == exact(journal(reference))
+    assert [row[:6] for row in exact(journal(killed))] == [row[:6] for row in exact(journal(reference))]
 
 
-def test_a_changed_length_at_a_resume_begins_a_new_epoch_and_says_what_it_leaves(train, mixed):
-    start = [option for option in mixed if option not in (PHASES, *STEPS)]
-    train(2, "run.name=mixed-changed", *start, "train.steps=6", "train.eval_every=14", "schedule.warmup_steps=5")
+def test_the_figures_of_each_of_several_sets_are_those_of_a_run_with_it_alone(train, killed, begun, reference):
+    """To the last bit, on 2 ranks."""
+    both, own, other = (journal(run) for run in (killed, reference, train.root / "mixed-changed"))
+    assert [row["step"] for row in both if "val_own/loss" in row] == [6, 12, 14]
+    for name, alone, steps in (("own", own, (6, 12, 14)), ("other", other, (6,))):
+        for step in steps:
+            for figure in ("loss", "bits_per_byte"):
+                assert both[step - 1][f"val_{name}/{figure}"] == alone[step - 1][f"val_{figure}"] > 0
+    assert both[5]["val_own/loss"] != both[5]["val_other/loss"]
+    figures = [name for name in both[5] if name.startswith("val_")]
+    assert figures == [f"val_{name}/{figure}" for name in ("own", "other") for figure in ("loss", "bits_per_byte")]
+
+
+def test_a_changed_length_at_a_resume_is_a_phase_like_a_planned_one(train, begun, second, reference):
+    """As long as it is what was planned; another one begins a new epoch, and says what it leaves."""
     longer = ("train.seq_len=64", "train.global_batch_size=4", "train.micro_batch_size=1")
-    done = train(2, "run.name=mixed-changed", *start, *longer, "train.steps=10", "train.eval_every=14")
-    assert "train.seq_len: 32 -> 64" in done.stdout
-    train(1, "run.name=mixed-changed", *start, *longer, "train.steps=14", "data.weights=[1,3]")
+    done = train(2, "run.name=mixed-changed", *begun, *longer, "train.steps=10", "train.eval_every=14")
+    assert "train.seq_len: 32 -> 64" in done.stdout and f"data.val: {second} -> {train.shards}" in done.stdout
+    longest = ("train.seq_len=96", *longer[1:])
+    done = train(1, "run.name=mixed-changed", *begun, *longest, "train.steps=12", "data.weights=[1,3]")
+    changed, expected = journal(train.root / "mixed-changed"), journal(reference)
+    same = [now["batch_hash"] == then["batch_hash"] for now, then in zip(changed, expected[:12], strict=True)]
+    assert same == [True] * 10 + [False] * 2
     phases = [event for event in events(train.root / "mixed-changed") if event["kind"] == "phase"]
     assert [phase["from_step"] for phase in phases] == [0, 6, 0, 6, 10]  # the second resume knows of the first one's
-    assert "left behind unread: " in done.stdout and "those of 64 were not planned for this step" in done.stdout
-    assert phases[1]["left"] == phases[3]["left"] and min(phases[1]["left"]) > 0
+    assert [min(phase["left"], default=0) > 0 for phase in phases] == [False, False, False, False, True]
+    assert "left behind unread: " in done.stdout and "rows of 96 tokens are not made of rows of 64" in done.stdout
 
 
 def test_show_batches_is_what_training_read(tool, reference, shards, capsys):

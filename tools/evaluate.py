@@ -2,9 +2,10 @@
 python tools/evaluate.py runs/NAME --suite --memorization
 python tools/evaluate.py runs/NAME --tasks lambada_openai,hellaswag --limit 200
 
-Bits per byte of a run's checkpoint on its whole validation shards, beside a unigram model (token frequencies of the
-training shards, of at most 50 million tokens), gzip -9 and xz -9 on the same text. Of a masked model: loss and accuracy
-on the masked tokens of these shards, masked as in training, beside the unigram model's loss on the same tokens.
+Bits per byte of a run's checkpoint on its whole validation shards (of several sets, the first one's), beside a unigram
+model (token frequencies of the training shards, of at most 50 million tokens), gzip -9 and xz -9 on the same text. Of a
+masked model: loss and accuracy on the masked tokens of these shards, masked as in training, beside the unigram model's
+loss on the same tokens.
 
 With --suite, instead: tasks made of the validation shards, for causal models in any language: which of four passages
 goes on a text, its last word, and a passage that is read twice. With --memorization: how much of the training shards
@@ -20,6 +21,8 @@ import gzip
 import json
 import lzma
 import math
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,6 +37,7 @@ from pretrain import dist, hardware
 from pretrain.checkpoint.load import checkpoint_of, load_model, read_header, run_of
 from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.config import compose
+from pretrain.config.held_out import HeldOut, held_out_sets, split_name
 from pretrain.config.schema import Config
 from pretrain.evaluation import harness, memorization
 from pretrain.evaluation.suite import run_suite
@@ -68,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder, or one of its checkpoints")
-    parser.add_argument("--data", help="shards (default: the run's, if it has some)")
+    parser.add_argument("--data", help="shards, or the name of one of the run's held-out sets (default: "
+                        "the first of these, if it has some)")  # fmt: skip
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: %(default)s")
     parser.add_argument("--suite", action="store_true", help="tasks made of the validation shards")
     parser.add_argument("--memorization", action="store_true", help="training text that the model knows by heart")
@@ -87,8 +92,8 @@ def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Those of all held-out text; or, by their names, the suites that were asked for."""
     if (args.run / "config.json").is_file():
         raise ValueError(f"{args.run} is a Hugging Face folder: give it --tasks, or import it (tools/import_hf.py)")
-    cfg, tokenizer = read_run(args, folder), load_tokenizer(folder)
-    step = {"step": read_header(checkpoint_of(args.run)).step}
+    (cfg, chosen), tokenizer = read_run(args, folder), load_tokenizer(folder)
+    step = {"step": read_header(checkpoint_of(args.run)).step} | ({"set": chosen.name} if chosen.name else {})
     device = dist.device_of()
     model = load_model(args.run).to(device, hardware.dtype_for(args.precision, device))
     limit = args.limit or LIMIT
@@ -101,8 +106,8 @@ def own_figures(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return found or step | on_held_out_text(model, device, cfg, tokenizer)
 
 
-def read_run(args: argparse.Namespace, folder: Path) -> Config:
-    """The run's config, with the shards that the command line names; a fine-tuned run has none of its own."""
+def read_run(args: argparse.Namespace, folder: Path) -> tuple[Config, HeldOut]:
+    """The run's config with one held-out set, and that; a fine-tuned run has no shards of its own."""
     cfg = compose.read(folder / "config.yaml")
     if cfg.task is not None:
         other = (f"{folder} was fine-tuned for {cfg.task.name}: its figures are in {RESULT}, and tools/predict.py "
@@ -111,10 +116,22 @@ def read_run(args: argparse.Namespace, folder: Path) -> Config:
             raise ValueError(f"{other}; for those of a language model on shards, name these with --data")
         if (head := read_header(checkpoint_of(args.run)).model["head"]) != "lm":
             raise ValueError(f"{other}; it is no language model (model.head={head})")
-        cfg = replace(cfg, data=replace(cfg.data, train=args.data))
-    if not (args.data or cfg.data.val):
+        cfg = replace(cfg, data=replace(cfg.data, train=args.data, val=None))
+    chosen = choose(args.data, held_out_sets(cfg.data.val), folder)
+    return replace(cfg, data=replace(cfg.data, val=chosen.place)), chosen
+
+
+def choose(data: str | None, sets: list[HeldOut], folder: Path) -> HeldOut:
+    """What --data names, a place or one of the run's sets; without it the first of these, and it is said which."""
+    if not data and not sets:
         raise ValueError(f"{folder} was trained without data.val: name validation shards with --data")
-    return replace(cfg, data=replace(cfg.data, val=args.data or cfg.data.val))
+    if not data:
+        if len(sets) > 1:
+            print(f"{folder} has the held-out sets {', '.join(map(str, sets))}: evaluating {sets[0].name}, "
+                  "--data NAME takes another", file=sys.stderr)  # fmt: skip
+        return sets[0]
+    by_name = {} if os.path.exists(data) else {each.name: each for each in sets if each.name}
+    return by_name.get(data) or HeldOut(*split_name(data))
 
 
 def open_split(location: str, split: str, cfg: Config, tokenizer: Tokenizer) -> Manifest:
@@ -214,13 +231,17 @@ def show(found: dict[str, Any], folder: Path) -> None:
         show_held_out(found, folder)
     for name in SUITES:
         if name in found:
-            show_table(f"{folder}, {name}", found[name])
+            show_table(f"{folder}, {name}{of_set(found[name])}", found[name])
+
+
+def of_set(found: dict[str, Any]) -> str:
+    return f" ({found['set']})" if "set" in found else ""
 
 
 def show_held_out(result: dict[str, Any], folder: Path) -> None:
     perplexity = f"perplexity {math.exp(result['val_loss']):.1f}"
     if "text_bytes" in result:
-        print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of held-out text")
+        print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of held-out text{of_set(result)}")
         print(f"  this model {result['val_bits_per_byte']:8.3f} bits per byte   "
               f"(loss {result['val_loss']:.3f} nats a token, {perplexity})")  # fmt: skip
         for name, label in (("unigram", "unigram"), ("gzip", "gzip -9"), ("xz", "xz -9")):
@@ -228,7 +249,7 @@ def show_held_out(result: dict[str, Any], folder: Path) -> None:
         return
     right = f", {result['val_accuracy']:.1%} right" if "val_accuracy" in result else ""
     kind = "masked tokens" if right else "tokens"
-    where = f"{result['targets']:,} {kind} of {result['windows']:,} held-out windows"
+    where = f"{result['targets']:,} {kind} of {result['windows']:,} held-out windows{of_set(result)}"
     print(f"\n{folder}, step {result['step']}, on {where}")
     print(f"  this model {result['val_loss']:8.3f} nats a token   ({perplexity}{right})")
     print(f"  unigram    {result['unigram_loss']:8.3f}")

@@ -44,13 +44,14 @@ def headline(run: Path) -> str:
     if starts:
         lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
     result = read_object(run / EVALUATION)
+    text = f"held-out text ({result['set']})" if "set" in result else "held-out text"
     if "text_bytes" in result:
         others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
-        lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on held-out text ({others})")
+        lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on {text} ({others})")
     elif "unigram_loss" in result:
         right = f", {result['val_accuracy']:.1%} of masked tokens right" if "val_accuracy" in result else ""
         unigram = f"unigram {result['unigram_loss']:.3f}"
-        lines.append(f"  {result['val_loss']:.3f} nats a token on held-out text ({unigram}{right})")
+        lines.append(f"  {result['val_loss']:.3f} nats a token on {text} ({unigram}{right})")
     if best := read_object(run / RESULT):
         lines.append(f"  best {words(best['metric'])} {best['best']:.4g}, at step {best['step']}")
     return "\n".join(lines)

@@ -137,6 +137,10 @@ def _check_run_name(name: str) -> None:
 def _check_sources(data: DataConfig, train: TrainConfig) -> None:
     if not all(isinstance(source, str) and source for source in data.sources):
         raise ValueError(f"data.train={data.train} must be a folder or URL of shards, or a list of them: [a,b]")
+    listed = data.val if isinstance(data.val, list) else [data.val or "none"]
+    if not all(isinstance(place, str) and place for place in listed):
+        raise ValueError(f"data.val={data.val} must be a path or URL, or a list of them: [a,b]; each may have a name: "
+                         "[news=a,web=b]")  # fmt: skip
     lists = {"data.weights": data.weights}
     lists |= {f"train.phases[{i}].weights": phase.weights for i, phase in enumerate(train.phases)}
     for key, weights in lists.items():

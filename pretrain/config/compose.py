@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.checks import check, check_said
+from pretrain.config.held_out import held_out_sets, split_name
 from pretrain.config.help import help_text, in_our_words, wants_help
 from pretrain.config.overrides import PATHS, as_typed, schema_keys
 from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, Config, PhaseConfig
@@ -110,14 +111,17 @@ def _at_home(cfg: Any) -> Any:
     for key in PATHS:
         found = OmegaConf.select(cfg, key)
         paths = list(found) if OmegaConf.is_list(found) else [found]
-        spelt = [_spelt(path) if isinstance(path, str) and "://" not in path else path for path in paths]
+        spelt = [_spelt(path, key == "data.val") if isinstance(path, str) else path for path in paths]
         if spelt != paths:
             OmegaConf.update(cfg, key, spelt if OmegaConf.is_list(found) else spelt[0])
     return cfg
 
 
-def _spelt(path: str) -> str:
-    return os.path.expanduser(path).rstrip("/") or path
+def _spelt(path: str, may_have_name: bool) -> str:
+    name, place = split_name(path) if may_have_name else ("", path)
+    if "://" not in place:
+        place = os.path.expanduser(place).rstrip("/") or place
+    return f"{name}={place}" if name else place
 
 
 def _origin(config_name: str, overrides: Iterable[str], hydra_config: Any) -> Origin:
@@ -136,6 +140,7 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
         config = _checked(OmegaConf.to_container(cfg, resolve=True), origin)
     except OmegaConfBaseException as error:
         raise ValueError(_explain_key(error, origin)) from error
+    held_out_sets(config.data.val)  # judged here, not of a run that is read: what is a name depends on what is there
     if config.task is not None:
         for section in ("task", "tuning"):
             check_said(config, section, {key: _source(f"{section}.{key}", origin) for key in _said(origin, section)})

@@ -46,5 +46,5 @@ def _quoted(text: str) -> str:
 
 
 _KEYS = dict(schema_keys())
-TEXTS = {key for key, kind in _KEYS.items() if kind is str} | {"data.train"}
-LISTS = {key for key, kind in _KEYS.items() if kind == list[str]} | {"data.train"}
+TEXTS = {key for key, kind in _KEYS.items() if kind is str} | {"data.train", "data.val"}
+LISTS = {key for key, kind in _KEYS.items() if kind == list[str]} | {"data.train", "data.val"}

@@ -110,11 +110,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Folders or URLs of shards: `train` one or a list of them with their `weights`; how they are packed and read."""
+    """Folders or URLs of shards, `train` (with `weights`) and `val` one or a list of them; how they are read."""
 
     train: Any
     weights: Optional[list[float]]  # noqa: UP045
-    val: Optional[str]  # noqa: UP045
+    val: Any
     tokenizer: Optional[str]  # noqa: UP045
     packing: str
     document_mask: bool

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from pretrain.config.held_out import LESS_IS_BETTER, column, parted
 from pretrain.dist import Ranks, all_gather_tensor
 from pretrain.files import PREDICTIONS, RESULT, write_atomically
 from pretrain.model.losses import loss_rows, score_rows
@@ -16,7 +17,6 @@ from pretrain.stream.objectives import IGNORE, MaskedLM, batch_of
 from pretrain.stream.stream import Stream
 
 Evaluate = Callable[..., torch.Tensor]
-LESS_IS_BETTER = ("val_loss", "val_bits_per_byte")
 
 
 class Evaluation(Protocol):
@@ -31,6 +31,37 @@ class Evaluation(Protocol):
         """The figures, called `val_...`; on all ranks. `evaluate(function, **batch)` gives what `function(model,
         **batch)` says, fp64 on the CPU.
         """
+
+
+class Several:
+    """Held-out sets by their names, each judged as it would be alone; the figures of `news` are called val_news/..."""
+
+    def __init__(self, sets: Mapping[str, Evaluation]):
+        self.sets = sets
+
+    def run(self, evaluate: Evaluate, ranks: Ranks, device: torch.device) -> dict[str, float]:
+        figures = {}
+        for name, evaluation in self.sets.items():
+            found = evaluation.run(evaluate, ranks, device)
+            figures |= {column(name, parted(figure)[1]): value for figure, value in found.items()}
+        return figures
+
+    @property
+    def details(self) -> list[dict]:
+        """Those of all sets; of several, each with the name of its set."""
+        tag = len(self.sets) > 1
+        return [{"set": name} | row if tag else row for name, each in self.sets.items() for row in each.details]
+
+    @property
+    def facts(self) -> dict:
+        """Those of the one set, or of several {"sets": {name: facts}}."""
+        found = {name: each.facts for name, each in self.sets.items()}
+        return {"sets": found} if len(found) > 1 else next(iter(found.values()))
+
+
+def together(sets: Mapping[str, Evaluation]) -> Evaluation | None:
+    """One evaluation of all sets; None where there are none. The one set without a name, "", has figures without it."""
+    return sets.get("") or (Several(sets) if sets else None)
 
 
 class Best:
@@ -64,8 +95,8 @@ class Best:
     def told(self) -> str:
         """The best evaluation, in a line."""
         figures = {name: value for name, value in self.row.items() if name.startswith("val_") and value is not None}
-        listed = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
-        return f"best {self.metric.removeprefix('val_')} at step {self.step} ({listed})"
+        listed = ", ".join(f"{_spoken(name)} {value:.4f}" for name, value in figures.items())
+        return f"best {_spoken(self.metric)} at step {self.step} ({listed})"
 
     @property
     def is_over(self) -> str | None:
@@ -75,7 +106,7 @@ class Best:
         return f"no better {self.metric} in {self._since} evaluations"
 
     def _note(self, row: dict) -> bool:
-        sign = -1 if self.metric in LESS_IS_BETTER else 1
+        sign = -1 if parted(self.metric)[1] in LESS_IS_BETTER else 1
         value, before = row.get(self.metric), self.row.get(self.metric)
         is_best = value is not None and math.isfinite(value) and (before is None or sign * value > sign * before)
         self._since = 0 if is_best else self._since + 1
@@ -104,6 +135,10 @@ class Best:
             stale.unlink(missing_ok=True)
         if self.step is not None:
             self._write_result({})
+
+
+def _spoken(metric: str) -> str:
+    return " ".join(filter(None, parted(metric)))
 
 
 class Validation:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pretrain.config.held_out import by_set
 from pretrain.config.schema import LogConfig
 from pretrain.files import sync_folder
 from pretrain.report.events import told
@@ -156,8 +157,7 @@ class _Console:
         """Show the figures of a step; those of an evaluation get a line of their own."""
         if not self.enabled:
             return
-        figures = {name[4:].replace("_", " "): value for name, value in row.items() if name.startswith("val_")}
-        if told := ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None):
+        if told := _validation(row):
             self.say(f"step {row['step']:,}: validation {told}")
         self._foretell(row["step"])
         if self._bar is not None:
@@ -208,6 +208,16 @@ class _Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _validation(row: dict[str, Any]) -> str:
+    """The figures of an evaluation: those of each held-out set after its name, where it has one."""
+    told = []
+    for name, columns in by_set(row).items():
+        figures = {figure.replace("_", " "): row[column] for figure, column in columns.items()}
+        if listed := ", ".join(f"{figure} {value:.4f}" for figure, value in figures.items() if value is not None):
+            told.append(f"{name} {listed}".lstrip())
+    return "; ".join(told)
 
 
 def _figures(row: dict[str, Any]) -> str:

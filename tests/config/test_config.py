@@ -244,6 +244,8 @@ TYPED = [
     ("pretrain", "data.train=[/d/имя, '/d/a,b', ~/x]", lambda cfg: cfg.data.train, ["/d/имя", "/d/a,b", "/home/me/x"]),
     ("pretrain", "data.val=~/x", lambda cfg: cfg.data.val, "/home/me/x"),
     ("pretrain", "data.val=null", lambda cfg: cfg.data.val, None),
+    ("pretrain", "data.val=news=~/x/", lambda cfg: cfg.data.val, "news=/home/me/x"),
+    ("finetune", "data.val=[a=~/x,b=/d/c=d/,'e=f,g']", lambda cfg: cfg.data.val, ["a=/home/me/x", "b=/d/c=d", "e=f,g"]),
     ("pretrain", "run.root=/r/", lambda cfg: cfg.run.root, "/r"),
     ("pretrain", "data.train=[/d/,s3://b/d/,/]", lambda cfg: cfg.data.train, ["/d", "s3://b/d/", "/"]),
     ("pretrain", "log.sample_prompt=~/x", lambda cfg: cfg.log.sample_prompt, "~/x"),

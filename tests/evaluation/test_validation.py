@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from pretrain import dist
+from pretrain import train as train_module
 from pretrain.checkpoint.load import Weights, load_model
 from pretrain.config import compose
-from pretrain.evaluation.validation import Best
+from pretrain.config.schema import to_yaml
+from pretrain.evaluation.validation import Best, Several, together
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
@@ -22,6 +25,7 @@ from pretrain.tokenizer.tokenizer import load_tokenizer
 from tests.journals import journal, rows_of
 from tests.models import filled_model
 from tools import evaluate as tool_module
+from tools.report import headline
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,50 @@ def test_the_loops_validation_is_the_plain_computation_on_windows_spread_evenly(
     loss, bits = plain_bits(model, tokenizer, held_out, windows)
     assert last["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert last["val_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_on_one_rank_too_each_of_several_sets_is_judged_as_it_would_be_alone(undisturbed, shards):
+    model, given = load_model(undisturbed), compose.read(undisturbed / "config.yaml")
+
+    def figures(val) -> dict[str, float]:
+        cfg = replace(given, data=replace(given.data, val=val), run=replace(given.run, name="unused"))
+
+        @torch.no_grad()
+        def evaluate(function, **batch):
+            return function(model, **batch).double()
+
+        return train_module.make_plan(cfg, dist.ALONE).validation.run(evaluate, dist.ALONE, torch.device("cpu"))
+
+    places = {"own": str(shards / "val"), "rest": str(shards / "train")}
+    alone = {name: figures(place) for name, place in places.items()}
+    assert set(alone["own"]) == {"val_loss", "val_bits_per_byte"} and alone["own"] != alone["rest"]
+    expected = {f"val_{name}/{figure[4:]}": value for name, found in alone.items() for figure, value in found.items()}
+    assert figures([f"{name}={place}" for name, place in places.items()]) == expected
+    assert figures([places["own"]]) == {f"val_val/{figure[4:]}": value for figure, value in alone["own"].items()}
+    assert figures(f"own={places['own']}") == {name: expected[name] for name in expected if "own" in name}
+
+
+def test_of_several_sets_the_tool_takes_the_first_or_the_one_that_is_named(undisturbed, shards, tmp_path, capsys):
+    run, rest = shutil.copytree(undisturbed, tmp_path / "run"), shards / "train"
+    cfg = compose.read(run / "config.yaml")
+    data = replace(cfg.data, val=[f"own={shards}", f"rest={rest}"])
+    (run / "config.yaml").write_text(to_yaml(replace(cfg, data=data)))
+
+    def evaluated(*arguments: str) -> tuple[dict, str, str]:
+        tool_module.main([str(run), "--precision", "fp32", *arguments])
+        return json.loads((run / "evaluation.json").read_text()), *capsys.readouterr()
+
+    found, out, err = evaluated()
+    known = f"{run} has the held-out sets own={shards}, rest={rest}: evaluating own, --data NAME takes another\n"
+    assert err.startswith(known) and "bytes of held-out text (own)\n" in out and found["set"] == "own"
+    assert f"{found['val_bits_per_byte']:.3f} bits per byte on held-out text (own) (unigram" in headline(run)
+    named, out, err = evaluated("--data", "rest")
+    assert (named["set"], named["val_loss"] != found["val_loss"]) == ("rest", True)
+    assert "text (rest)\n" in out and "has the held-out sets" not in err
+    placed, out, _ = evaluated("--data", str(rest))
+    assert placed == {name: value for name, value in named.items() if name != "set"} and "held-out text\n" in out
+    suite, out, _ = evaluated("--suite", "--limit", "20")
+    assert suite["suite"]["set"] == "own" and f"{run}, suite (own)\n" in out
 
 
 def test_the_tool_evaluates_all_windows_beside_its_baselines(tool, undisturbed, held_out):
@@ -98,6 +146,8 @@ def rows_with(metric: str, *values: float | None) -> list[dict]:
 @pytest.mark.parametrize("metric, values, steps", [
     ("val_macro_f1", (0.2, 0.4, 0.4, 0.3, 0.5), [1, 2, 5]),
     ("val_loss", (3.0, 2.0, 2.0, 2.5, 1.0), [1, 2, 5]),
+    ("val_web/macro_f1", (0.2, 0.4, 0.4, 0.3, 0.5), [1, 2, 5]),
+    ("val_web_f1/loss", (3.0, 2.0, 2.0, 2.5, 1.0), [1, 2, 5]),
     ("val_bits_per_byte", (math.nan, None, math.inf, 2.5, 2.4), [4, 5]),
 ])  # fmt: skip
 def test_the_best_evaluation_is_the_first_of_the_best_ones(metric, values, steps, tmp_path):
@@ -111,6 +161,22 @@ def test_the_best_evaluation_is_the_first_of_the_best_ones(metric, values, steps
                       "confusion": [[1]]}  # fmt: skip
     assert rows_of(tmp_path / "predictions.jsonl") == Told.details
     assert Best(metric, 0, rows, None).row == rows[-1], "the journal alone tells it again"
+
+
+def test_the_best_evaluation_of_several_sets_is_told_set_by_set():
+    row = {"step": 4, "val_news/loss": 2.25, "val_news/macro_f1": None, "val_my_web/macro_f1": 0.5}
+    told = Best("val_my_web/macro_f1", 0, [row], None).told()
+    assert told == "best my_web macro_f1 at step 4 (news loss 2.2500, my_web macro_f1 0.5000)"
+
+
+def test_what_is_told_of_examples_and_sets_is_told_with_their_set_where_there_are_several():
+    facts, rows = Told.facts, Told.details
+    both = Several({"news": Told, "web": Told})
+    assert both.details == [{"set": "news", **rows[0]}, {"set": "web", **rows[0]}]
+    assert both.facts == {"sets": {"news": facts, "web": facts}}
+    one = together({"news": Told})
+    assert (one.details, one.facts) == (rows, facts)
+    assert together({}) is None and together({"": Told}) is Told
 
 
 def test_patience_ends_a_run_and_counts_from_the_last_better_evaluation():

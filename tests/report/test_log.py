@@ -143,6 +143,19 @@ def test_without_a_terminal_there_are_a_few_plain_lines(tmp_path, capsys):
     assert f"{tmp_path.name} 100% step 50/50: loss 0.0200, 2,900 tokens/s, MFU 62.3%" in err
 
 
+def test_an_evaluation_is_told_set_by_set(tmp_path, capsys):
+    log = open_log(tmp_path, console=True)
+    log.row(row(10, val_loss=2.25, val_bits_per_byte=1.125))
+    log.row(row(20, **{"val_my_news/loss": 2.25, "val_my_news/bits_per_byte": 1.125, "val_web/loss": 2}))
+    log.row(row(30, **{"val_news/loss": None, "val_web/macro_f1": 0.5}))
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10: validation loss 2.2500, bits per byte 1.1250",
+        "step 20: validation my_news loss 2.2500, bits per byte 1.1250; web loss 2.0000",
+        "step 30: validation web macro f1 0.5000",
+    ]
+
+
 def test_plain_lines_come_with_time_and_tell_the_time_left(tmp_path, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log_module.time, "monotonic", lambda: now[0])
@@ -210,7 +223,7 @@ def test_wandb_offline_resumed_keeps_its_id_and_sends_each_step_once(wandb_home,
     run_dir = wandb_home / "runs" / "small"
     log = open_log(run_dir, wandb="offline", config={"optim": {"lr": 0.25}})
     for step in range(1, 8):
-        log.row(row(step, grad_norm=math.nan if step == 2 else 1.0, batch_hash="ab"))
+        log.row(row(step, grad_norm=math.nan if step == 2 else 1.0, batch_hash="ab", **{"val_a.b/loss": 2.5}))
     log.close(val_loss=1.5)
     time.sleep(1.1)  # wandb names its folders by the second
     log = open_log(run_dir, start_step=4, wandb="offline")  # back to a checkpoint, past what was sent
@@ -223,6 +236,7 @@ def test_wandb_offline_resumed_keeps_its_id_and_sends_each_step_once(wandb_home,
     assert [item["step"] for item in wandb_history(second)] == [8, 9, 10]
     assert [item["_step"] for item in wandb_history(second)] == [8, 9, 10]  # else a sync would drop them
     assert wandb_history(first)[2]["loss"] == 1 / 3 and wandb_history(first)[2]["tokens"] == 192
+    assert wandb_history(first)[2]["val_a.b/loss"] == 2.5
     runs = [record["run"] for record in first + second if record["type"] == "run"]
     assert len(runs) == 2 and runs[0]["run_id"] == runs[1]["run_id"] and runs[0]["project"] == "tests"
     assert runs[0]["config"]["update"]["optim"] == {"lr": 0.25} and runs[0]["display_name"] == "small"

@@ -197,7 +197,7 @@ def test_scored_pairs_have_a_correlation_instead(new_task, table):
 def test_the_best_figure_is_one_that_these_pairs_have(new_task, table, scored, best, other):
     task = new_task()
     pairs = table(*({"query": f"q{n}", "document": f"d{n}"} | ({"score": n} if scored else {}) for n in range(3)))
-    validation = TaskValidation(task, pairs, task.encode(pairs), 2)
+    validation = {"": TaskValidation(task, pairs, task.encode(pairs), 2)}
     cfg = config_of("embedding", "data.val=x")
     assert finetune.best_metric(cfg, task, validation) == best
     for wrong in (other, "val_loss") if scored else (other,):
