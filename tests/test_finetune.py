@@ -205,14 +205,23 @@ def test_examples_of_several_sets_are_told_apart_in_what_a_run_leaves(runs, exam
 
 
 def test_other_sets_other_names_or_another_order_are_another_run(check, runs, examples):
-    sets, line = examples["classification"], ("run.name=several", f"run.root={runs}", "train.steps=8",
-                                              "train.save_every=4", "model.dropout=0.1", "task.drop_bad=true",
-                                              "tuning.best=val_other/loss")  # fmt: skip
-    own, other = f"own={sets}/val.jsonl", f"other={sets}/train.jsonl"
-    assert check("classification", *line, f"data.val=[{own},{other}]").changes == ()
-    for val in (other, f"[{other},{own}]", f"[own={sets}/train.jsonl,{other}]"):
+    val, train = (examples["classification"] / f"{split}.jsonl" for split in ("val", "train"))
+    line = ("run.name=several", f"run.root={runs}", "train.steps=8", "train.save_every=4", "model.dropout=0.1",
+            "task.drop_bad=true", "tuning.best=val_other/loss")  # fmt: skip
+    assert check("classification", *line, f"data.val=[own={val},other={train}]").changes == ()
+    for other in (f"other={train}", f"[other={train},own={val}]", f"[own={train},other={train}]"):
         with pytest.raises(ValueError, match=r"another config \(data.val: \['own=.* -> .*; data .val.: "):
-            check("classification", *line, f"data.val={val}")
+            check("classification", *line, f"data.val={other}")
+
+
+def test_names_and_order_of_sets_identify_a_run_but_one_without_a_name_is_known_by_its_examples(check, examples):
+    val, train = (examples["classification"] / f"{split}.jsonl" for split in ("val", "train"))
+    sets = f"a={val}", f"b={val}", f"[{val}]", f"[a={val},b={train}]", f"[b={train},a={val}]", f"[a={train},b={val}]"
+    plans = [check("classification", "task.drop_bad=true", f"data.val={each}") for each in (val, *sets)]
+    assert len({plan.identity["val"] for plan in plans}) == 7
+    assert plans[0].identity["val"] == plans[0].validation.examples.fingerprint
+    figures = [plan.best_metric for plan in plans]
+    assert figures == [f"val_{name}macro_f1" for name in ("", "a/", "b/", "val/", "a/", "b/", "a/")], "of the first set"
 
 
 @pytest.mark.parametrize("case", CASES)
