@@ -48,7 +48,7 @@ INSIDE = {
     },
     "report": {
         "curves": set(), "events": set(), "wandb_run": set(), "theme": {"events"}, "log": {"events", "wandb_run"},
-        "page": {"curves", "events", "theme"},
+        "sets": {"theme"}, "page": {"curves", "events", "sets", "theme"},
     },
     "stream": {
         "order": set(), "pieces": {"order"}, "mixture": {"order", "pieces"}, "objectives": {"order"},

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,11 @@ POINTS = 1000  # a curve; more would only make the file heavy
 STYLES = {"resume": (0, (1, 3)), "phase": (0, (5, 3)), "fault": "solid"}  # of what is marked on a curve
 NOISY = ("loss", "grad_norm", "tokens_per_second", "mfu")
 # Drawn in these colours, which the style sheet's variables then replace, so that curves follow the reader's theme.
-INK, GRID, FIRST, SECOND, FAULT = "#010101", "#020202", "#030303", "#040404", "#050505"
-THEME = {INK: "var(--muted)", GRID: "var(--line)", FIRST: "var(--accent)", SECOND: "var(--second)", FAULT: "var(--bad)"}
+INK, GRID, FAULT = "#010101", "#020202", "#030303"
+COLOURS = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909")
+NAMES = ("accent", "second", "third", "fourth", "fifth", "sixth")
+THEME = {INK: "var(--muted)", GRID: "var(--line)", FAULT: "var(--bad)"}
+THEME |= {colour: f"var(--{name})" for colour, name in zip(COLOURS, NAMES, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def _draw(title: str, curves: list[Curve], marks: dict[str, list[int]], levels: 
             axes.axvline(step, color=FAULT if kind == "fault" else INK, linestyle=STYLES[kind], linewidth=0.9)
         for style, (name, value) in zip(("dashed", "dotted"), levels.items(), strict=False):
             axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=name)
-        for colour, curve in zip((FIRST, SECOND), curves, strict=False):
-            _plot(axes, colour, curve)
+        looks = itertools.cycle(itertools.product(("solid", "dashed", "dotted"), COLOURS))
+        for look, curve in zip(looks, curves, strict=False):
+            _plot(axes, *look, curve)
         axes.grid(color=GRID, linewidth=0.8)
         axes.tick_params(colors=INK, length=0)
         axes.spines[:].set_visible(False)
@@ -78,14 +83,14 @@ def _draw(title: str, curves: list[Curve], marks: dict[str, list[int]], levels: 
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _scale(axes, curves[0].name)
-        if len(curves) + len(levels) > 1:
-            axes.legend(frameon=False, labelcolor=INK)
+        if (count := len(curves) + len(levels)) > 1:
+            axes.legend(frameon=False, labelcolor=INK, ncols=1 + count // 9)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True)
     return svg.getvalue()
 
 
-def _plot(axes: Any, colour: str, curve: Curve) -> None:
+def _plot(axes: Any, dash: str, colour: str, curve: Curve) -> None:
     """A line, broken where rows are missing; a noisy one pale behind its running mean."""
     x, mean, low, high = (
         np.insert(column, curve.breaks, np.nan) for column in (curve.x, curve.mean, curve.low, curve.high)
@@ -96,7 +101,7 @@ def _plot(axes: Any, colour: str, curve: Curve) -> None:
         axes.plot(x, mean, color=colour, alpha=0.35, linewidth=0.7)
         mean = np.insert(_running_mean(curve.mean, curve.x.size // 50), curve.breaks, np.nan)
     marker = "o" if curve.x.size <= 40 else ""
-    axes.plot(x, mean, color=colour, linewidth=1.5, marker=marker, ms=3, label=curve.label)
+    axes.plot(x, mean, color=colour, linestyle=dash, linewidth=1.5, marker=marker, ms=3, label=curve.label)
 
 
 def _scale(axes: Any, name: str) -> None:

@@ -3,7 +3,6 @@
 Of a fine-tuned run also what its task's best evaluation says. Works at any moment of a run, with whatever files exist.
 """
 
-import itertools
 import math
 import os
 from array import array
@@ -17,7 +16,7 @@ import yaml
 
 from pretrain.files import EVALUATION, PREDICTIONS, RESULT, TASK, read_lines, read_object
 from pretrain.report import events as said
-from pretrain.report import theme
+from pretrain.report import sets, theme
 from pretrain.report.curves import panel
 from pretrain.report.theme import esc
 
@@ -44,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         _header(run_dir.resolve().name, metrics, _total_steps(config_text)),
         _tiles(metrics, bool(task)),
         _curves(metrics, said.marks(happened), evaluation),
-        _task(task, result),
+        *(_task(*each) for each in sets.results(task, result)),
         _mistakes(read_lines(run_dir / PREDICTIONS)),
         _suites(evaluation),
         _samples(list(read_lines(run_dir / "samples.jsonl"))),
@@ -78,7 +77,7 @@ def _read_metrics(path: Path) -> Metrics:
         for name, column in columns.items():
             value = row.get(name)
             column.append(value if type(value) in (int, float) else math.nan)
-    order = [*COLUMNS, *KNOWN, *sorted(columns.keys() - {*COLUMNS, *KNOWN})]
+    order = [*COLUMNS, *KNOWN, *sets.in_order(name for name in columns if name not in (*COLUMNS, *KNOWN))]
     return {name: np.array(columns[name], dtype=np.float64) for name in order}
 
 
@@ -120,6 +119,8 @@ def _tiles(metrics: Metrics, is_tuned: bool) -> str:
     for name, label in _figures(metrics).items():
         values = _finite(metrics[name])
         tile(esc(label[:1].upper() + label[1:]), values[-1], "{:.4g}", f"validation, best {values.max():.4g}")
+    for headline in sets.tiles(metrics):
+        tile(*headline)
     tile("Tokens per second", _median(metrics["tokens_per_second"]), "{:,.0f}", "median")
     tile("MFU", _median(metrics["mfu"]), "{:.1%}", "median")
     tokens = _last(metrics["tokens"])
@@ -129,7 +130,8 @@ def _tiles(metrics: Metrics, is_tuned: bool) -> str:
 
 def _figures(metrics: Metrics) -> dict[str, str]:
     """The columns of a task's own figures, more of which is better, with what to call them."""
-    found = [name for name in metrics if name not in (*COLUMNS, *KNOWN) and _finite(metrics[name]).size]
+    own = (name for name in metrics if name not in (*COLUMNS, *KNOWN) and "/" not in name)
+    found = [name for name in own if _finite(metrics[name]).size]
     return {name: theme.words(name) for name in found}
 
 
@@ -137,15 +139,18 @@ def _curves(metrics: Metrics, marks: dict[str, list[int]], evaluation: dict[str,
     """A panel for each figure of the steps; `marks` are drawn on all of them, and said below."""
     compressors = {f"{name} -9": evaluation.get(f"{name}_bits_per_byte") for name in ("gzip", "xz")}
     compressors = {name: value for name, value in compressors.items() if isinstance(value, float)}
+
+    def drawn(title: str, lines: list[tuple[str, str]], levels: dict[str, float] | None = None) -> str:
+        return panel(title, metrics, lines, marks, levels)
+
     panels = [
-        panel("Loss", metrics, [("loss", "training"), ("val_loss", "validation")], marks),
-        panel("Validation bits per byte", metrics, [("val_bits_per_byte", "this model")], marks, compressors),
-        panel("Validation accuracy", metrics, [("val_accuracy", "")], marks),
-        *(panel(f"Validation {label}", metrics, [(name, "")], marks) for name, label in _figures(metrics).items()),
-        panel("Learning rate", metrics, [("lr", "")], marks),
-        panel("Gradient norm", metrics, [("grad_norm", "")], marks),
-        panel("Tokens per second", metrics, [("tokens_per_second", "")], marks),
-        panel("MFU", metrics, [("mfu", "")], marks),
+        drawn("Loss", [("loss", "training"), *sets.lines(metrics, "loss", "validation")]),
+        drawn("Validation bits per byte", sets.lines(metrics, "bits_per_byte", "this model"), compressors),
+        *(drawn(f"Validation {label}", sets.lines(metrics, name)) for name, label in sets.further(metrics)),
+        drawn("Learning rate", [("lr", "")]),
+        drawn("Gradient norm", [("grad_norm", "")]),
+        drawn("Tokens per second", [("tokens_per_second", "")]),
+        drawn("MFU", [("mfu", "")]),
     ]
     if not any(panels):
         return ""
@@ -177,7 +182,7 @@ def _task(task: dict[str, Any], result: dict[str, Any]) -> str:
 
 def _mistakes(predictions: Iterator[dict[str, Any]]) -> str:
     """The first examples that the best evaluation got wrong."""
-    wrong = list(itertools.islice((row for row in predictions if row.get("right") is False), MISTAKES))
+    wrong = list(sets.first_of_each((row for row in predictions if row.get("right") is False), MISTAKES))
     if not wrong:
         return ""
     columns = [name for name in wrong[0] if name not in ("right", "gold", "prediction")]

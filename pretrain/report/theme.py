@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pretrain.config.held_out import parted
 from pretrain.report.events import brief
 
 _SPELLED = {"f1": "F1", "bleu": "BLEU", "chrf": "chrF", "rouge": "ROUGE", "mrr": "MRR", "ndcg": "nDCG"}
@@ -57,15 +58,20 @@ def section(title: str, body: str) -> str:
 
 
 def words(name: str) -> str:
-    """A column's name as words: macro_f1 is macro F1, and so is val_macro_f1, the same of validation."""
-    return " ".join(_SPELLED.get(word, word) for word in name.removeprefix("val_").split("_"))
+    """A column's name as words: macro_f1 is macro F1, and so is val_macro_f1, the same of validation; val_news/macro_f1
+    is news macro F1.
+    """
+    of_set, figure = parted(name) if name.startswith("val_") else ("", name)
+    return " ".join([*filter(None, [of_set]), *(_SPELLED.get(word, word) for word in figure.split("_"))])
 
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fcfcfa; --card: #ffffff; --ink: #1c1e21; --muted: #6a6f76;
-  --line: #e4e4df; --accent: #2456c7; --second: #d2571e; --bad: #c02626; }
+  --line: #e4e4df; --accent: #2456c7; --second: #d2571e; --third: #1d7f4a; --fourth: #8a3fb5;
+  --fifth: #9a7400; --sixth: #0b7f90; --bad: #c02626; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14161a; --card: #1b1e23; --ink: #e6e6e3; --muted: #969ba3;
-  --line: #2f343b; --accent: #7aa7ff; --second: #ff9d66; --bad: #ff6b6b; } }
+  --line: #2f343b; --accent: #7aa7ff; --second: #ff9d66; --third: #62cf92; --fourth: #cf98f2;
+  --fifth: #e0bd4a; --sixth: #5fc9da; --bad: #ff6b6b; } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 76rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif }
