@@ -27,13 +27,13 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
 from pretrain.evaluation.validation import Best
-from pretrain.files import NO_ROOM, RESULT, write_atomically
+from pretrain.files import DATA, NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
 from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import initial_value
-from pretrain.plan import Plan, check_sample, notes, reasons, what_would_run, writes_sample
+from pretrain.plan import Plan, check_sample, facts_of_data, notes, reasons, what_would_run, writes_sample
 from pretrain.report import page
 from pretrain.report.log import Log
 from pretrain.stream.stream import DataError
@@ -239,7 +239,7 @@ def write_run_folder(plan: Plan) -> None:
     plan.config.run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in {
         "config.yaml": to_yaml(plan.config).encode(),  # first: by it a folder is known to be a run
-        "data.json": json.dumps(plan.identity, indent=1).encode(),
+        DATA: json.dumps(facts_of_data(plan), indent=1, ensure_ascii=False).encode(),
         plan.tokenizer.file_name: plan.tokenizer.file_bytes,
         "environment.json": json.dumps(hardware.environment(), indent=1).encode(),
         **plan.files,

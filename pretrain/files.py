@@ -1,5 +1,6 @@
 """Files that are there complete or not at all, whatever crashes; and readers of those that are still being written."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -16,6 +17,7 @@ from pretrain.cli import Held
 
 TASK, RESULT, PREDICTIONS = "task.json", "result.json", "predictions.jsonl"  # in the folder of a fine-tuned run
 EVALUATION, IMPORTED = "evaluation.json", "imported.json"  # in a run's folder: of tools/evaluate.py, tools/import_hf.py
+DATA, TRAINED_ON = "data.json", "val_trained_on"  # what identifies a run's data; in it: what of data.val is trained on
 _TAKEN: dict[Path, Any] = {}  # the locked files of this process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says when a disk is full
 
@@ -129,6 +131,15 @@ def lock(handle: int, busy: str) -> bool:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
         return False
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same file: what is read there can be written back."""
+    with open(path.with_name(f".{path.name}.lock"), "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def take(path: Path, about: str = "") -> str | None:

@@ -9,6 +9,7 @@ from pretrain.config.schema import Config, ModelConfig
 from pretrain.engine.engine import LossRows
 from pretrain.evaluation.validation import Evaluation
 from pretrain.examples.stream import ExampleStream
+from pretrain.files import TRAINED_ON
 from pretrain.inference import generate
 from pretrain.model.heads import parameter_shapes
 from pretrain.report.events import told
@@ -52,6 +53,12 @@ def notes(plan: Plan) -> list[str]:
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip
     return found
+
+
+def facts_of_data(plan: Plan) -> dict[str, str]:
+    """What a run's folder says of its data: what identifies it, and which held-out data is none."""
+    trained_on = {TRAINED_ON: ", ".join(plan.trains_on_held_out)} if plan.trains_on_held_out else {}
+    return plan.identity | trained_on
 
 
 def reasons(plan: Plan) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from pretrain.checkpoint.manifest import committed
 from pretrain.cli import Held
 from pretrain.config import compose
 from pretrain.config.schema import Config, differences
-from pretrain.files import holder, read_object, take, why_not_in
+from pretrain.files import DATA, holder, read_object, take, why_not_in
 
 SHAPES_EXAMPLES = ("train.seq_len:", "data.train:")  # what makes other examples of the same file, or of another
 LOCK = ".lock"  # held by the process that trains, as long as it lives
@@ -42,7 +42,7 @@ def check(cfg: Config, identity: dict) -> tuple[str, ...]:
         raise ValueError(f"{folder} holds a run already: choose another run.name, or resume=auto to continue it")
     before = compose.read(folder / "config.yaml")
     safe, unsafe = differences(before, cfg)
-    old = read_object(folder / "data.json") or identity  # without: it ended before its first step
+    old = read_object(folder / DATA) or identity  # without: it ended before its first step
     changed = [key for key, value in identity.items() if old.get(key) != value]
     if "val" in changed:
         unsafe += [setting for setting in safe if setting.startswith(("data.val", "train.eval_samples"))]

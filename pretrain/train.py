@@ -56,7 +56,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         loss_rows=functools.partial(loss_rows, z_loss=cfg.objective.z_loss, sparse=sparse),
         validation=together({each.name: its for each, its in held_out.items()}),
         trains_on_held_out=tuple(
-            str(each) for each, its in held_out.items() if not known.isdisjoint(its.stream.state(0)["fingerprints"])
+            str(each) for each, its in held_out.items() if not known.isdisjoint(its.stream.fingerprints)
         ),
         flops_per_token=functools.partial(
             flops_per_token, model, predicted=cfg.objective.mask_rate if sparse else 1.0

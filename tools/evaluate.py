@@ -37,12 +37,12 @@ from pretrain import dist, hardware
 from pretrain.checkpoint.load import checkpoint_of, load_model, read_header, run_of
 from pretrain.cli import run_tool, stops_as_ctrl_c
 from pretrain.config import compose
-from pretrain.config.held_out import HeldOut, held_out_sets, split_name
+from pretrain.config.held_out import HeldOut, held_out_sets, split_name, text_of
 from pretrain.config.schema import Config
 from pretrain.evaluation import harness, memorization
 from pretrain.evaluation.suite import run_suite
 from pretrain.evaluation.validation import Validation
-from pretrain.files import EVALUATION, RESULT, read_object, write_atomically
+from pretrain.files import EVALUATION, RESULT, alone, read_object, write_atomically
 from pretrain.hub import convert
 from pretrain.shards import manifest as manifests
 from pretrain.shards.manifest import Manifest
@@ -149,6 +149,8 @@ def on_held_out_text(
     held_out = opening.open_held_out(cfg.data.val, *where)
     training = [opening.open_held_out(source, *where, "train") for source in cfg.data.sources]
     result = {"windows": held_out.epoch_samples} | evaluate_model(model, device, held_out, tokenizer, objective)
+    if cfg.task is None and held_out.fingerprints[0] in [stream.fingerprints[0] for stream in training]:
+        result["is_trained_on"] = True
     counts = token_counts(training, cfg.train.seq_len, tokenizer.vocab_size)
     if "val_bits_per_byte" in result:
         return result | text_baselines(held_out, tokenizer, counts)
@@ -241,7 +243,7 @@ def of_set(found: dict[str, Any]) -> str:
 def show_held_out(result: dict[str, Any], folder: Path) -> None:
     perplexity = f"perplexity {math.exp(result['val_loss']):.1f}"
     if "text_bytes" in result:
-        print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of held-out text{of_set(result)}")
+        print(f"\n{folder}, step {result['step']}, on {result['text_bytes']:,} bytes of {text_of(result)}")
         print(f"  this model {result['val_bits_per_byte']:8.3f} bits per byte   "
               f"(loss {result['val_loss']:.3f} nats a token, {perplexity})")  # fmt: skip
         for name, label in (("unigram", "unigram"), ("gzip", "gzip -9"), ("xz", "xz -9")):
@@ -249,7 +251,7 @@ def show_held_out(result: dict[str, Any], folder: Path) -> None:
         return
     right = f", {result['val_accuracy']:.1%} right" if "val_accuracy" in result else ""
     kind = "masked tokens" if right else "tokens"
-    where = f"{result['targets']:,} {kind} of {result['windows']:,} held-out windows{of_set(result)}"
+    where = f"{result['targets']:,} {kind} of {result['windows']:,} windows of {text_of(result)}"
     print(f"\n{folder}, step {result['step']}, on {where}")
     print(f"  this model {result['val_loss']:8.3f} nats a token   ({perplexity}{right})")
     print(f"  unigram    {result['unigram_loss']:8.3f}")
@@ -293,11 +295,12 @@ def harness_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def save(path: Path, found: dict[str, Any]) -> None:
     """Put what was found beside what is there: other suites, and other tasks of the harness."""
-    before = read_object(path)
-    if "tasks" in found:
-        found["tasks"] = before.get("tasks", {}) | found["tasks"]
-    kept = {name: value for name, value in before.items() if name in SUITES or "val_loss" not in found}
-    write_atomically(path, (json.dumps(kept | found, indent=1) + "\n").encode())
+    with alone(path):
+        before = read_object(path)
+        if "tasks" in found:
+            found["tasks"] = before.get("tasks", {}) | found["tasks"]
+        kept = {name: value for name, value in before.items() if name in SUITES or "val_loss" not in found}
+        write_atomically(path, (json.dumps(kept | found, indent=1) + "\n").encode())
 
 
 def show_table(title: str, found: dict[str, Any]) -> None:

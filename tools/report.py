@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from pretrain.cli import run_tool
+from pretrain.config.held_out import text_of
 from pretrain.files import EVALUATION, RESULT, read_lines, read_object
 from pretrain.report.page import write_report
 from pretrain.report.theme import words
@@ -44,7 +45,7 @@ def headline(run: Path) -> str:
     if starts:
         lines[-1] += f" of {starts[-1]['peak_tflops']:.3g} TFLOP/s ({starts[-1]['peak_source']})"
     result = read_object(run / EVALUATION)
-    text = f"held-out text ({result['set']})" if "set" in result else "held-out text"
+    text = text_of(result)
     if "text_bytes" in result:
         others = ", ".join(f"{name} {result[name + '_bits_per_byte']:.3f}" for name in ("unigram", "gzip", "xz"))
         lines.append(f"  {result['val_bits_per_byte']:.3f} bits per byte on {text} ({others})")

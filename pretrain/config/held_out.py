@@ -52,6 +52,12 @@ def split_name(text: str) -> tuple[str, str]:
     return name, place
 
 
+def text_of(evaluation: dict[str, Any]) -> str:
+    """What text the figures of a run's evaluation.json are of."""
+    kind = "text that is trained on too" if evaluation.get("is_trained_on") else "held-out text"
+    return f"{kind} ({evaluation['set']})" if "set" in evaluation else kind
+
+
 def column(name: str, figure: str) -> str:
     """What a figure of a set is called in the journal: val_loss; of a set with a name val_NAME/loss."""
     return f"{_PREFIX}{name}/{figure}" if name else _PREFIX + figure

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from pretrain.config import compose
+from pretrain.config.held_out import parted, text_of
 from pretrain.config.schema import ModelConfig
-from pretrain.files import EVALUATION, IMPORTED, TASK, read_lines, read_object
+from pretrain.files import DATA, EVALUATION, IMPORTED, TASK, TRAINED_ON, read_lines, read_object
 from pretrain.report import theme
 
 _MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -158,7 +159,7 @@ def _training(run: Path, step: int) -> dict[str, str]:
         facts[f"validation at step {validated[-1]['step']:,}"] = _quality(validated[-1], unit)
     evaluated = read_object(run / EVALUATION)
     if evaluated.get("step") == step:
-        facts["evaluation on all held-out text"] = _quality(evaluated, unit)
+        facts[f"evaluation on all {text_of(evaluated)}"] = _quality(evaluated, unit)
     if (run / "config.yaml").is_file():
         config = compose.read(run / "config.yaml")
         if config.init:
@@ -170,7 +171,10 @@ def _training(run: Path, step: int) -> dict[str, str]:
         batch = config.train.global_batch_size
         facts["batch"] = f"{batch} examples" if task else f"{batch} x {config.train.seq_len} tokens"
         facts["seed"] = str(config.seed)
-    return facts | {f"data: {key}": f"`{value}`" for key, value in read_object(run / "data.json").items()}
+    data = read_object(run / DATA)
+    if data.pop(TRAINED_ON, None):
+        facts["note"] = "(some of) the validation data was trained on too: its figures are not of held-out text"
+    return facts | {f"data: {key}": f"`{value}`" for key, value in data.items()}
 
 
 def model_name(location: str | Path) -> str:
@@ -203,8 +207,9 @@ def _quality(row: dict[str, Any], unit: str) -> str:
     for name, value in row.items():
         if not name.startswith("val_") or value is None:
             continue
-        if name == "val_bits_per_byte":
-            told.append(f"{value:.4f} bits per byte")
+        held_out, figure = parted(name)
+        if figure == "bits_per_byte":
+            told.append(f"{held_out} {value:.4f} bits per byte".lstrip())
         else:
-            told.append(f"{theme.words(name)} {value:.4f}" + f" nats a {unit}" * (name == "val_loss"))
+            told.append(f"{theme.words(name)} {value:.4f}" + f" nats a {unit}" * (figure == "loss"))
     return ", ".join(told)

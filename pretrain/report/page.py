@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pretrain.files import EVALUATION, PREDICTIONS, RESULT, TASK, read_lines, read_object
+from pretrain.config.held_out import text_of
+from pretrain.files import DATA, EVALUATION, PREDICTIONS, RESULT, TASK, TRAINED_ON, read_lines, read_object
 from pretrain.report import events as said
 from pretrain.report import sets, theme
 from pretrain.report.curves import panel
@@ -41,6 +42,7 @@ def write_report(run_dir: Path) -> Path:
     happened = list(read_lines(run_dir / "events.jsonl"))
     body = [
         _header(run_dir.resolve().name, metrics, _total_steps(config_text)),
+        _warning(read_object(run_dir / DATA).get(TRAINED_ON)),
         _tiles(metrics, bool(task)),
         _curves(metrics, said.marks(happened), evaluation),
         *(_task(*each) for each in sets.results(task, result)),
@@ -49,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
         _samples(list(read_lines(run_dir / "samples.jsonl"))),
         _events(happened),
         theme.details("Configuration", f"<pre>{esc(config_text)}</pre>" if config_text else ""),
-        theme.details("Evaluation on all held-out text", _held_out(evaluation)),
+        theme.details(f"Evaluation on all {esc(text_of(evaluation))}", _held_out(evaluation)),
         theme.details("Environment", theme.facts(environment)),
     ]
     title = esc(run_dir.resolve().name)
@@ -95,6 +97,12 @@ def _header(name: str, metrics: Metrics, total_steps: int | None) -> str:
     facts.append(f"{_duration(seconds)} of training" if seconds else "")
     facts.append(f"written {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
     return f"<header><h1>{esc(name)}</h1><p>{' · '.join(esc(fact) for fact in facts if fact)}</p></header>"
+
+
+def _warning(trained_on: str | None) -> str:
+    """Where figures of validation are not of held-out text, that is said above them."""
+    told = f"data.val={trained_on} is trained on too: its figures are not of held-out text."
+    return f"<p><b>{esc(told)}</b></p>" if trained_on else ""
 
 
 def _tiles(metrics: Metrics, is_tuned: bool) -> str:

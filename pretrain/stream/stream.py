@@ -81,6 +81,11 @@ class Stream:
         return cls([manifest], [Phase(0, seq_len, 1, (1.0,))], seed=0, options=replace(options, shuffle=False))
 
     @property
+    def fingerprints(self) -> list[str]:
+        """Of the sources."""
+        return [source.manifest.fingerprint for source in self._sources]
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the run, past and planned."""
         return self._mixture.phases
@@ -215,7 +220,7 @@ class Stream:
     def _identity(self) -> dict:
         return {
             "seed": self._seed, "shuffle": self._options.shuffle, "packing": self._options.packing,
-            "fingerprints": [source.manifest.fingerprint for source in self._sources],
+            "fingerprints": self.fingerprints,
         }  # fmt: skip
 
     def _mix(self, recorded: Sequence[Phase], step: int) -> Mixture:

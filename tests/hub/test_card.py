@@ -79,4 +79,11 @@ def test_the_card_of_a_run_names_what_it_was_started_from(tmp_path):
              "max_difference": 0.0, "continued_tokens": 0, "texts": 1}  # fmt: skip
     hf = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "dtype": "float32"}
     text = model_card("tuned", run, 0, config.model, hf, 1, "AutoModelForMaskedLM", proof)
-    assert "| started from | bert-tiny |" in text and str(tmp_path) not in text
+    assert "| started from | bert-tiny |" in text and str(tmp_path) not in text and "trained on too" not in text
+    (run / "data.json").write_text(json.dumps({"train": "abc", "val_trained_on": f"news={tmp_path}"}))
+    (run / "metrics.jsonl").write_text(
+        '{"step": 0, "tokens": 8, "loss": 2, "val_news/loss": 1, "val_web/bits_per_byte": 2}'
+    )
+    text = model_card("tuned", run, 0, config.model, hf, 1, "AutoModelForMaskedLM", proof)
+    assert "| note | (some of) the validation data was trained on too" in text and str(tmp_path) not in text
+    assert "| validation at step 0 | news loss 1.0000 nats a token, web 2.0000 bits per byte |" in text

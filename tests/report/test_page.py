@@ -101,7 +101,12 @@ def test_a_whole_run(tmp_path):
     ]
     assert "2026-11-24 09:46:28 start ranks 2" in text and "because of <img src=x>" in text
     assert text.index("return 200 & x") < text.index("return 1 & x")
-    assert "torch 2.13.0" in text and "gpus none" in text and "<script>alert(1)</script>" in text
+    assert (
+        "trained on too" not in text
+        and "torch 2.13.0" in text
+        and "gpus none" in text
+        and "<script>alert(1)</script>" in text
+    )
 
 
 def test_nothing_of_a_run_becomes_markup_and_nothing_is_loaded(tmp_path):
@@ -330,3 +335,11 @@ def test_compressors_are_lines_and_an_accuracy_has_its_own_scale(tmp_path):
     assert 90 <= min(shares) and max(shares) <= 93
     (tmp_path / "evaluation.json").write_text("{}")
     assert "gzip" not in read(write_report(tmp_path))[0]
+
+
+def test_figures_that_are_not_of_held_out_text_are_said_above_them(tmp_path):
+    write_run(tmp_path, 3)
+    (tmp_path / "data.json").write_text('{"train": "ab", "val_trained_on": "news=/d/<news>"}')
+    _, _, text = read(write_report(tmp_path))
+    said = "data.val=news=/d/<news> is trained on too: its figures are not of held-out text."
+    assert said in text and text.index(said) < text.index("Validation loss")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pretrain.config import compose
 from pretrain.config.schema import to_yaml
 from pretrain.evaluation import harness
 from pretrain.evaluation.suite import run_suite
+from pretrain.files import alone
 from pretrain.model.heads import parameter_shapes
 from pretrain.report.page import write_report
 from pretrain.shards import manifest as manifests
@@ -31,6 +33,7 @@ from tests import forked
 from tests.forked import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
+from tools.report import headline
 
 pytestmark = pytest.mark.usefixtures("transformers_forked")
 QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
@@ -268,6 +271,29 @@ def test_other_suites_and_other_tasks_are_kept(tmp_path):
     assert json.loads(path.read_text()) == {
         "step": 2, "val_loss": 1.0, "tasks": {"a": {"acc": 0.1}, "b": {"acc": 0.3}}, "suite": {"step": 1},
     }  # fmt: skip
+
+
+def test_two_evaluations_at_once_keep_what_both_found(tmp_path):
+    """The second waits until the first has written, and reads that."""
+    path = tmp_path / "evaluation.json"
+    with alone(path):
+        second = threading.Thread(target=evaluate.save, args=(path, {"suite": {"step": 1}}))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+        path.write_text('{"step": 1, "val_loss": 2.0}')
+    second.join()
+    assert json.loads(path.read_text()) == {"step": 1, "val_loss": 2.0, "suite": {"step": 1}}
+
+
+def test_text_that_was_trained_on_is_not_called_held_out(undisturbed, shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for data, told in ((shards, "held-out text"), (shards / "train", "text that is trained on too")):
+        evaluate.main([str(run), "--data", str(data), "--precision", "fp32"])
+        assert f" bytes of {told}\n" in capsys.readouterr().out
+        assert f"bits per byte on {told} (unigram" in headline(run)
+        assert f"Evaluation on all {told}" in write_report(run).read_text()
 
 
 def test_what_has_no_held_out_text_of_its_own_is_refused(tmp_path):
