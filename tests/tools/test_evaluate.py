@@ -53,7 +53,7 @@ def test_suites_stand_beside_the_figures_of_all_held_out_text(tool, undisturbed)
     for name in ("next_passage", "copying", "2 to 10 times", "held out"):
         assert name in said
     page = write_report(undisturbed).read_text()
-    assert "Tasks made of held-out text" in page and "Training text known by heart" in page and "val_loss" in page
+    assert "Tasks made of held-out text" in page and "Training text known by heart" in page and "unigram loss" in page
 
 
 def test_text_that_a_model_repeats_is_known_by_heart(tuned, shards, tool, tmp_path):
