@@ -7,10 +7,10 @@
 
 _checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # nproc would obey OMP_NUM_THREADS
-if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    _gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-else
-    _gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+_gpus=0
+if [[ -n ${CUDA_VISIBLE_DEVICES-all} ]] && { command -v nvidia-smi || compgen -G '/dev/nvidia*' || ls /dev/dxg /dev/kfd; } &>/dev/null
+then  # there may be some: torch knows how many it can use, in containers, under WSL and ROCm too
+    _gpus=$("${PYTHON:-$_checkout/.venv/bin/python}" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
 fi
 if ((_gpus)); then
     : "${NPROC:=$_gpus}"

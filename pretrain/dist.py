@@ -8,6 +8,7 @@ MASTER_PORT; without them the process is a world of its own.
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,10 +63,18 @@ def from_environment(is_launched: bool = False) -> Ranks:
 
 
 def device_of(ranks: Ranks = ALONE) -> torch.device:
-    """This rank's GPU, or the CPU. A process alone, such as a tool's, needs no process group besides."""
+    """This rank's GPU, or the CPU. A process alone, such as a tool's, needs no process group besides.
+
+    A rank that sees one GPU has that, whatever its LOCAL_RANK (srun --gpus-per-task=1 shows each its own); of several,
+    that of its LOCAL_RANK. `ValueError` where there is none for it.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    seen = torch.cuda.device_count()
+    if 1 < seen <= ranks.local_rank:
+        raise ValueError(f"LOCAL_RANK={ranks.local_rank}, and this rank sees {seen} GPUs: start at most {seen} ranks "
+                         f"on a node (NPROC={seen}; on Slurm --ntasks-per-node={seen})")  # fmt: skip
+    return torch.device("cuda", ranks.local_rank if seen > 1 else 0)
 
 
 def start(ranks: Ranks) -> torch.device:
@@ -80,6 +89,7 @@ def start(ranks: Ranks) -> torch.device:
     device = device_of(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its device from this
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         torch_dist.init_process_group(backend, timeout=TIMEOUT, **alone)
@@ -89,7 +99,26 @@ def start(ranks: Ranks) -> torch.device:
         port = os.environ["MASTER_PORT"]
         raise ValueError(f"MASTER_PORT={port} is in use on this host, perhaps by another run: choose another, as "
                          f"MASTER_PORT={int(port) + 1}") from None  # fmt: skip
+    if device.type == "cuda" and (shared := shared_gpus(all_gather_objects([socket.gethostname(), gpu_id(device)]))):
+        raise ValueError(shared)
     return device
+
+
+def gpu_id(device: torch.device) -> str:
+    """What tells a GPU from all others."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def shared_gpus(places: list[list[str]]) -> str | None:
+    """What is wrong where two ranks have one GPU, of the [host, GPU] of each rank; None where none have."""
+    ranks: dict[tuple, list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks.setdefault(tuple(place), []).append(rank)
+    for (host, _), those in ranks.items():
+        if len(those) > 1:
+            return (f"ranks {', '.join(map(str, those))} have the same GPU on {host}: start one rank a GPU (NPROC; on "
+                    "Slurm --ntasks-per-node as --gpus-per-node, or --gpus-per-task=1)")  # fmt: skip
+    return None
 
 
 def new_cpu_group() -> torch_dist.ProcessGroup:

@@ -81,6 +81,10 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
         device = dist.start(ranks)
     except ValueError as error:
         refuse([mistake or (MISTAKE, str(error))], ranks)
+    try:
+        hardware.resolve_precision(plan.config.train.precision, device) if plan else None
+    except ValueError as error:
+        mistake = mistake or (MISTAKE, f"train.precision={error}")
     refuse(dist.all_gather_objects(mistake), ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     return plan, ranks, device
@@ -157,6 +161,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     """A checked run on this rank, from its last checkpoint or its first step to the last; its exit code."""
     cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard, tells=ranks.is_main)
     precision = hardware.resolve_precision(cfg.train.precision, device)
+    hardware.set_deterministic(cfg.train.deterministic)
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
               "measuring the peak and building the model", flush=True)  # fmt: skip

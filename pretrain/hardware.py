@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 
-# Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets (the sparse figures are twice as high).
+# Dense bf16 peak with fp32 sums of one device, FLOP/s, from the vendors' data sheets (most print the sparse figure,
+# twice as high). A name is known by the longest of these whose words it has; a form that is not here is measured.
 GPU_PEAK_BF16 = {
-    "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12,
+    "A30": 165e12, "A40": 150e12, "A100": 312e12, "A800": 312e12, "A10": 125e12, "A10G": 70e12, "L4": 121e12,
+    "L40": 181e12, "L40S": 362e12, "H20": 148e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H800": 989e12, "H800 PCIe": 756e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12, "B100": 1750e12,
+    "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "GB300": 2500e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+    "RTX 5090": 209e12, "MI210": 181e12, "MI250X": 191e12, "MI300A": 980e12, "MI300X": 1307e12, "MI325X": 1307e12,
 }  # fmt: skip
+OTHER_FORMS = {"Laptop", "Max", "MIG", "Ti", "SUPER", "D"}  # words of cards that are less or more than their namesakes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a precision
 PACKAGES = (
@@ -24,12 +29,28 @@ PACKAGES = (
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` -> bf16 where the device multiplies it in hardware, else fp32; anything else stays."""
+    """`auto` -> bf16 where the device multiplies it in hardware, else fp32; anything else stays. `ValueError` for bf16
+    on a GPU that only emulates it.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not has_bf16:
+            raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has it in software only, several times "
+                             "slower than fp32: take fp32")  # fmt: skip
+        return ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if "avx512_bf16" in _cpuinfo() or "amx_bf16" in _cpuinfo() else "fp32"
+
+
+def set_deterministic(is_wanted: bool) -> None:
+    """Have torch compute the same bits each time on a GPU too, or fail where it cannot; before anything is computed. A
+    CPU does so anyway.
+    """
+    torch.use_deterministic_algorithms(is_wanted)
+    torch.backends.cudnn.benchmark = False
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of NVIDIA's cuBLAS documentation, reproducibility
 
 
 def dtype_for(precision: str, device: torch.device) -> torch.dtype:
@@ -39,12 +60,20 @@ def dtype_for(precision: str, device: torch.device) -> torch.dtype:
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of one rank at best, where the figure comes from)."""
+    measured = f"measured {precision} matrix product"
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAK_BF16.items():
-            if known in name:
-                return peak, f"{name}, dense bf16 data sheet"
-    return _measured_matmul(device, precision), f"measured {precision} matrix product"
+        if known := known_gpu(name):
+            return GPU_PEAK_BF16[known], f"{name}: data sheet of {known}, dense bf16"
+        measured = f"{name} is not in the table of peaks: {measured}"
+    return _measured_matmul(device, precision), measured
+
+
+def known_gpu(name: str) -> str | None:
+    """The entry of `GPU_PEAK_BF16` for a device of this name; None where there is none."""
+    words = set(re.findall("[A-Za-z0-9]+", name))
+    fits = [known for known in GPU_PEAK_BF16 if words >= set(known.split())]
+    return max(fits, key=len, default=None) if not words & OTHER_FORMS else None
 
 
 def _measured_matmul(device: torch.device, precision: str, seconds: float = 0.3) -> float:

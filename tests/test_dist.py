@@ -1,10 +1,14 @@
 """Rank and world from the environment: what no launcher sets is refused in words, and so is a port that is taken."""
 
+import importlib
+import os
 import socket
 import subprocess
 
 import pytest
+import torch
 
+import pretrain.engine
 from pretrain import dist
 from tests.conftest import command
 
@@ -47,6 +51,45 @@ def test_what_was_left_over_is_named(setting, said, message):
     with pytest.raises(ValueError, match=message) as refused:
         dist.from_environment(is_launched=True)
     assert "unset RANK WORLD_SIZE LOCAL_RANK" in str(refused.value)
+
+
+@pytest.mark.parametrize(("seen", "local_rank", "index"), [(1, 0, 0), (1, 7, 0), (8, 3, 3), (8, 7, 7)])
+def test_a_rank_has_the_gpu_that_it_sees(monkeypatch, seen, local_rank, index):
+    """srun --gpus-per-task=1 shows each rank one GPU, and counts LOCAL_RANK on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert dist.device_of(dist.Ranks(local_rank, 8, local_rank)) == torch.device("cuda", index)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK=5, and this rank sees 4 GPUs: start at most 4 ranks .*NPROC=4"):
+        dist.device_of(dist.Ranks(5, 8, 5))
+    apart = [["n1", "GPU-a"], ["n1", "GPU-b"], ["n2", "GPU-a"]]
+    assert dist.shared_gpus(apart) is None
+    assert dist.shared_gpus([*apart, ["n1", "GPU-b"]]).startswith("ranks 1, 3 have the same GPU on n1: start one rank")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_accelerator_is_where_torch_puts_tensors(monkeypatch, there):
+    """Whatever devices files there are, and however they are called."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    importlib.reload(pretrain.engine)
+    assert os.environ["DS_ACCELERATOR"] == ("cuda" if there else "cpu")
+
+
+def test_deepspeed_takes_the_device_that_was_chosen(monkeypatch):
+    """It would take LOCAL_RANK as it is; the process group needs the card, so its start is left out."""
+    for name, value in {**WHOLE, "LOCAL_RANK": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist.torch_dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "gpu_id", lambda device: "GPU-a")
+    assert dist.start(dist.Ranks(7, 8, 7)) == torch.device("cuda", 0) and os.environ["LOCAL_RANK"] == "0"
 
 
 def test_the_trainer_refuses_in_one_line(environment):

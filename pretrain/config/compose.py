@@ -24,7 +24,7 @@ from pretrain.config.checks import check, check_said
 from pretrain.config.held_out import held_out_sets, split_name
 from pretrain.config.help import help_text, in_our_words, wants_help
 from pretrain.config.overrides import PATHS, as_typed, schema_keys
-from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, Config, PhaseConfig
+from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, ADDED_TO_TRAINING, Config, PhaseConfig
 
 ReadModel = Callable[[str], dict[str, Any]]
 
@@ -230,7 +230,7 @@ def read(path: Path) -> Config:
     saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         saved["model"] = ADDED_TO_MODELS | saved["model"]
-        saved["train"] = {"epochs": 0.0} | saved["train"]
+        saved["train"] = ADDED_TO_TRAINING | saved["train"]
         if saved.get("task"):
             saved["task"] = ADDED_TO_TASKS | saved["task"]
     except (KeyError, TypeError):

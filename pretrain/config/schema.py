@@ -48,6 +48,7 @@ class TrainConfig:
     seq_len: int
     phases: list[PhaseConfig]
     precision: str
+    deterministic: bool
     save_every: int
     keep_checkpoints: int
     eval_every: int
@@ -258,8 +259,9 @@ class Config:
     tuning: Optional[TuningConfig] = None  # noqa: UP045
 
 
-# Keys that models and tasks of earlier versions lack, with what those are.
+# Keys that models, training and tasks of earlier versions lack, with what those are.
 ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
+ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False}
 ADDED_TO_TASKS = {"pooling": None}
 
 

@@ -266,6 +266,28 @@ def test_set_up_waits_for_another(tmp_path):
     assert set_up.calls.read_text().count("-m venv") == set_up.calls.read_text().count("-m pip") == 1
 
 
+def test_the_gpus_are_those_that_torch_can_use(tmp_path):
+    """nvidia-smi may be there without them, and they without nvidia-smi."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: something'\n")
+    (tmp_path / "python").write_text("#!/bin/sh\necho $TORCH_SEES\n")
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("NPROC", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+    }
+    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    line = ["bash", "-euc", f"source {ROOT}/launch/env.sh; echo $NPROC ${{DS_ACCELERATOR:-unset}}"]
+    ranks = str(min(2, len(os.sched_getaffinity(0))))
+    for said, more, expected in (
+        ("3", {}, "3 unset"), ("0", {}, f"{ranks} cpu"), ("", {}, f"{ranks} cpu"),
+        ("3", {"CUDA_VISIBLE_DEVICES": ""}, f"{ranks} cpu"),
+    ):  # fmt: skip
+        done = subprocess.run(line, env=env | {"TORCH_SEES": said} | more, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
+
+
 def test_ranks_do_not_depend_on_the_threads_of_a_rank():
     """nproc itself obeys OMP_NUM_THREADS, which a script around the launcher may have set."""
     cores = len(os.sched_getaffinity(0))
