@@ -23,6 +23,10 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": None,
+        # By default gradients are averaged over the ranks in bf16: with many ranks their sum loses what each one adds.
+        "communication_data_type": "fp32",
+        # It would wait for the device at every forward and every step; the journal has the speed.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if precision == "bf16" and config.stage:  # DeepSpeed would add the gradients of micro-batches in bf16
         generated["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -10,6 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pretrain import dist, optim
 from pretrain.checkpoint import load
@@ -41,12 +44,13 @@ DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 def main(out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}, "parts": {}}
+    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}, "parts": {}, "watched": {}}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
             results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
             results["counts"][f"{precision}-{stage}"] = other_counts(stage, precision, ranks, device)
             results["few"][f"{precision}-{stage}"] = few_targets(stage, precision, ranks, device)
+            results["watched"][f"{precision}-{stage}"] = watched(stage, precision, ranks, device)
             for part in ("lora", "head") if precision == "fp32" else ("lora",):
                 results["parts"][f"{part}-{precision}-{stage}"] = train_part(part, stage, precision, out, ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
@@ -162,6 +166,32 @@ def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
         "owned": [entry for part, _ in gathered for entry in part],
         "shapes": {name: shape for _, part in gathered for name, shape in part.items()},
     }  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Notes the types of what collectives add up over the ranks, but for single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduced: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "reduce" in func.__name__:
+            self.reduced |= {str(leaf.dtype) for leaf in tree_leaves(args)
+                             if isinstance(leaf, torch.Tensor) and leaf.numel() > 1}  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def watched(stage: int, precision: str, ranks, device) -> dict:
+    """Of a few steps: the types that are added up over the ranks, and how often the device is waited for."""
+    built, waits, accelerator = build(stage, precision, 2, ranks, device), [], get_accelerator()
+    before, accelerator.synchronize = accelerator.synchronize, lambda *device: waits.append(device)
+    try:
+        with Watch() as watch:
+            train(built, ranks, 4)
+    finally:
+        accelerator.synchronize = before
+    return {"reduced": sorted(watch.reduced), "waits": len(waits)}
 
 
 def gradient(micro: int, ranks, device) -> dict:

@@ -74,6 +74,13 @@ def test_a_rank_or_a_whole_batch_may_have_no_target(results, ranks, case):
     assert found["norms"][0] > 0.1 and found["norms"][1] == 0 and math.isfinite(found["norms"][2])
 
 
+@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
+def test_gradients_are_averaged_in_fp32_and_nothing_waits_for_the_device(results, case):
+    found = results[2]["watched"][case]
+    assert set(found["reduced"]) <= {"torch.float32", "torch.float64", "torch.int64"}
+    assert "torch.float32" in found["reduced"] and found["waits"] == 0
+
+
 def written_once(found: dict, kind: str) -> set[str]:
     """The parameters of which every element of a kind is written, and by one rank."""
     pieces = defaultdict(list)
