@@ -24,7 +24,8 @@ from pretrain.model.heads import build_model
 from pretrain.plan import Plan, notes
 from pretrain.predict import Predictor
 from pretrain.report.page import MISTAKES as MISTAKES_SHOWN
-from pretrain.report.theme import brief, words
+from pretrain.report.page import _cut
+from pretrain.report.theme import words
 from pretrain.stream.objectives import IGNORE
 from tests.journals import events, journal, rows_of
 from tests.models import write_weights
@@ -267,7 +268,7 @@ def test_the_run_explains_itself(runs, case):
     assert ("What it got wrong" in page) == bool(wrong) == is_judged
     for row in wrong[:MISTAKES_SHOWN]:
         for name in ("gold", "prediction"):
-            assert f">{html.escape(brief(row[name]))}" in page
+            assert f">{html.escape(_cut(row[name]))}" in page
     if case == "classification":
         confusion = page.partition("Labels (rows) and what was predicted")[2].partition("</table>")[0]
         counts = [int(count) for count in re.findall(r">(\d+)<", confusion)]

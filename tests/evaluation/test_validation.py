@@ -92,9 +92,9 @@ def test_of_several_sets_the_tool_takes_the_first_or_the_one_that_is_named(undis
     assert f"{found['val_bits_per_byte']:.3f} bits per byte on held-out text (own) (unigram" in headline(run)
     named, out, err = evaluated("--data", "rest")
     assert (named["set"], named["val_loss"] != found["val_loss"]) == ("rest", True)
-    assert "text (rest)\n" in out and "has the held-out sets" not in err
+    assert "bytes of text that is trained on too (rest)\n" in out and "has the held-out sets" not in err
     placed, out, _ = evaluated("--data", str(rest))
-    assert placed == {name: value for name, value in named.items() if name != "set"} and "held-out text\n" in out
+    assert placed == {name: value for name, value in named.items() if name != "set"} and "trained on too\n" in out
     suite, out, _ = evaluated("--suite", "--limit", "20")
     assert suite["suite"]["set"] == "own" and f"{run}, suite (own)\n" in out
 
@@ -270,5 +270,5 @@ def test_the_tool_compares_a_masked_model_with_the_unigram_model(tool, masked, t
     headline = f"{loss:.3f} nats a token on held-out text (unigram {expected:.3f}, {accuracy:.1%} of masked"
     assert headline in tool("report.py", masked).stdout
     page = (masked / "report.html").read_text()
-    assert "Validation accuracy" in page and "of masked tokens, best" in page and "unigram_loss" in page
+    assert "Validation accuracy" in page and "of masked tokens, best" in page and "unigram loss" in page
     assert not (masked / "samples.jsonl").exists(), "it can not write"

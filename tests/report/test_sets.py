@@ -92,4 +92,4 @@ def test_a_figure_of_a_set_in_words():
     assert words("val_macro_f1") == words("macro_f1") == "macro F1"
     assert words("acc,none/x_y") == "acc,none/x y"
     told = _quality({"val_news/loss": 2.5, "val_news/bits_per_byte": 1.25, "step": 3}, "token")
-    assert told == "news loss 2.5000, news bits per byte 1.2500"
+    assert told == "news loss 2.5000 nats a token, news 1.2500 bits per byte"
