@@ -66,7 +66,7 @@ def _draw(title: str, curves: list[Curve], marks: dict[str, list[int]], levels: 
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=(5.2, 2.9))  # with margins of its own: a layout engine would draw everything twice
-        axes = figure.add_axes((0.12, 0.15, 0.86, 0.81))
+        axes = figure.add_axes((0.145, 0.15, 0.835, 0.81))
         last = max(1, *(curve.x[-1] for curve in curves))
         for kind, step in ((kind, step) for kind, steps in marks.items() for step in steps if step <= last):
             axes.axvline(step, color=FAULT if kind == "fault" else INK, linestyle=STYLES[kind], linewidth=0.9)

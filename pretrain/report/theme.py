@@ -77,7 +77,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 2.5rem 1.25rem 4rem; backgroun
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif }
 h1 { margin: 0; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere }
 h2 { margin: 2.75rem 0 .75rem; font-size: 1.15rem } h3 { margin: 1rem 0 .35rem; font-size: .85rem; color: var(--muted) }
-header p, small, time { color: var(--muted) } header p { margin: .35rem 0 0 }
+header p, small, time { color: var(--muted) } header p { margin: .35rem 0 0 } p { overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 1.75rem 0;
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden }
 dl > div { padding: .9rem 1.1rem; box-shadow: 1px 0 var(--line), 0 1px var(--line) }

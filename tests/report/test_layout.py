@@ -12,6 +12,7 @@ import subprocess
 import pytest
 
 from pretrain.report.page import write_report
+from tests.journals import journal
 from tests.report.test_page import tuned_run, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -66,6 +67,9 @@ def make_run(folder, kind):
         suite = {"step": 200, "next_passage": {"accuracy": 0.61, "chance": 0.25, "windows": 1000}}
         found = {"gzip_bits_per_byte": 1.8, "xz_bits_per_byte": 1.5, "val_bits_per_byte": 1.2, "suite": suite}
         (folder / "evaluation.json").write_text(json.dumps(found))
+        (folder / "data.json").write_text(json.dumps({"val_trained_on": f"/data/{'a' * 150}"}))
+        rows = [row | {"grad_norm": 0.007092 + row["step"] / 5e7} for row in journal(folder)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         facts = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "git": "0123456789abcdef" * 4, "torch": "2.13.0"}
         (folder / "environment.json").write_text(json.dumps(facts))
         return folder
