@@ -163,7 +163,7 @@ class _OpenShard:
             self._whole_len = whole_len
             starts = np.cumsum([0] + [tokens // whole_len for tokens in self._tokens])
             self._starts = starts.tolist()  # the first whole of each chunk, and the end
-        whole, piece = divmod(window, whole_len // seq_len)
+        whole, piece = (window, 0) if whole_len == seq_len else divmod(window, whole_len // seq_len)
         assert 0 <= whole < self._starts[-1]
         chunk = bisect_right(self._starts, whole) - 1
         return chunk, (whole - self._starts[chunk]) * whole_len + piece * seq_len

@@ -13,6 +13,7 @@ the one before is left behind.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +60,7 @@ class Phase:
     ends: tuple[int, ...] = ()
     left: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def cut(self) -> Cut:
         return Cut(self.seq_len, self.whole_len or self.seq_len)
 
@@ -185,6 +186,8 @@ class Mixture:
     def _locate_own(self, source: int, numbers: np.ndarray, phase: Phase) -> Places:
         """The places of a source's own samples; `window` counts rows of the phase's length within the shard."""
         order, ratio = self._order_of(source, phase.cut.whole_len), phase.cut.ratio
+        if ratio == 1:
+            return order.locate(numbers)
         whole, piece = phase.stretch(source, order.epoch_samples * ratio).locate(numbers, self._pieces)
         found = order.locate(whole)
         return replace(found, window=found.window * ratio + piece)

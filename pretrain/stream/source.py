@@ -46,9 +46,13 @@ class Source:
 
     def layout(self, cut: Cut) -> Windows | BestFit:
         """How the shards are cut into rows."""
-        options = (cut.seq_len, self._options.documents, self._options.cache_folder)
-        pieces = {"whole_len": cut.whole_len} if cut.ratio > 1 else {}  # only windows have them
-        return self._layouts.get(cut, lambda: PACKINGS[self._options.packing](self._reader, *options, **pieces))
+
+        def make() -> Windows | BestFit:
+            options = (cut.seq_len, self._options.documents, self._options.cache_folder)
+            pieces = {"whole_len": cut.whole_len} if cut.ratio > 1 else {}  # only windows have them
+            return PACKINGS[self._options.packing](self._reader, *options, **pieces)
+
+        return self._layouts.get(cut, make)
 
     def order(self, whole_len: int) -> Order:
         """The order of the wholes, the same whatever the source is mixed with."""
