@@ -49,7 +49,7 @@ while kill -0 "$trainer" 2>/dev/null; do  # a signal ends the wait before the tr
     wait "$trainer" || code=$?
 done
 trap - INT TERM
-if [[ -n $stopped ]] || ((code == 75)); then
+if ((code == 75)) || [[ -n $stopped && $code == 0 ]]; then
     echo "stopped; launch/quickstart.sh goes on from here"
     exit 75
 fi

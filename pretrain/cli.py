@@ -50,7 +50,7 @@ def check_text(text: str, what: str) -> None:
 
 def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "no output was written") -> None:
     """Run a tool's `main`; `ValueError`, `OSError` and Ctrl-C become one message on stderr and a code of the table.
-    `kept`: what there is of the work after Ctrl-C.
+    `kept`: what there is of the work after Ctrl-C, where stdout is not all of it.
 
     Nothing that stderr does ends it; nor stdout, where that only `tells` of work whose result is elsewhere. Where the
     result is what is printed, the tool ends quietly when its reader left, with the code that SIGPIPE would give.
@@ -68,7 +68,7 @@ def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "no outp
         print(f"error: {error}", file=sys.stderr)
         sys.exit(HELD if isinstance(error, Held) else MISTAKE)
     except KeyboardInterrupt:
-        print(f"interrupted: {kept}; run the same command again", file=sys.stderr)
+        print("interrupted" + f": {kept}; run the same command again" * tells, file=sys.stderr)
         sys.exit(STOPPED)
 
 

@@ -51,7 +51,7 @@ def main(config_name: str, make_plan: MakePlan) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted before training began: nothing is lost, run the same command again", file=sys.stderr)
-        dist.finish(STOPPED)
+        dist.finish(STOPPED, is_agreed=False)  # others may wait for what this one was to say
     if begun is not None:
         dist.finish(run_guarded(*begun))
 

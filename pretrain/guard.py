@@ -38,7 +38,7 @@ class Guard:
     def __init__(self, config: GuardConfig, tells: bool = False):
         """`tells`: a signal is answered with a line at once."""
         self.config, self._tells = config, tells
-        self.received, self._since = 0, 0.0
+        self.received, self._interrupted = 0, 0.0
         self.stopped: str | None = None  # why, once the ranks have agreed
         self.was_asked = False  # to stop: by a signal, that is
         self.launchers = launchers()
@@ -47,13 +47,14 @@ class Guard:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.received and time.monotonic() > self._since + 1:  # `timeout` sends it twice
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if number == signal.SIGINT:
+            if self._interrupted and time.monotonic() > self._interrupted + 1:  # `timeout` sends it twice
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._interrupted = self._interrupted or time.monotonic()
         if not self.received and self._tells:  # by a thread: a print of this one may be what was interrupted
             said = f"\n{signal.Signals(number).name}: {ANSWER}"
             threading.Thread(target=print, args=(said,), kwargs={"file": sys.stderr}, daemon=True).start()
-        self._since = self._since or time.monotonic()
         self.received = number
 
     def agreed_stop(self) -> str | None:

@@ -38,7 +38,7 @@ class Plan:
     trainable: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
     best_metric: str | None = None
-    trains_on_held_out: tuple[str, ...] = ()  # of data.val, what is some of the training data
+    trains_on_held_out: tuple[str, ...] = ()  # of data.val, the sets that are the training data, or one of its sources
 
 
 def notes(plan: Plan) -> list[str]:

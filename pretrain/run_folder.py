@@ -16,9 +16,6 @@ from pretrain.files import DATA, holder, read_object, take, why_not_in
 SHAPES_EXAMPLES = ("train.seq_len:", "data.train:")  # what makes other examples of the same file, or of another
 LOCK = ".lock"  # held by the process that trains, as long as it lives
 PREDECESSOR_SECONDS = 600  # what is left of a launch has so long to save and end before the same launch, restarted
-# Of the launchers that start again what has ended: the variables of their launch and of how often it was restarted.
-RESTARTS = {"Slurm job": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
-            "torchrun": ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")}  # fmt: skip
 
 
 def begins(cfg: Config) -> bool:
@@ -59,24 +56,26 @@ def check(cfg: Config, identity: dict) -> tuple[str, ...]:
 def hold(folder: Path) -> None:
     """Make the folder, and lock it for this process until it ends; `Held` when another one trains there."""
     folder.mkdir(parents=True, exist_ok=True)
-    launch = _launch()[0]
-    if other := _without_predecessor(lambda: take(folder / LOCK, f" ({launch})" if launch else "")):
+    about = ", ".join(_launches())
+    if other := _without_predecessor(lambda: take(folder / LOCK, f" ({about})" if about else "")):
         raise Held(_busy(folder, other))
 
 
-def _launch() -> tuple[str, bool]:
-    """The launch that this process belongs to, where its launcher restarts what ended; whether this is a restart."""
-    for name, (variable, count) in RESTARTS.items():
-        if launch := os.environ.get(variable):
-            return f"{name} {launch}", os.environ.get(count, "0") != "0"
-    return "", False
+def _launches() -> dict[str, bool]:
+    """The launches that this process belongs to, of launchers that start again what has ended; and whether it did."""
+    found, environment = {}, os.environ
+    if job := environment.get("SLURM_JOB_ID"):
+        found[f"Slurm job {job}"] = environment.get("SLURM_RESTART_COUNT", "0") != "0"
+    if "TORCHELASTIC_RUN_ID" in environment:  # which is "none" for most: the process that starts the ranks is one
+        found[f"torchrun {os.getppid()}"] = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return found
 
 
 def _without_predecessor(ask: Callable[[], str | None]) -> str | None:
     """Who holds the folder (`ask`), once what is left of this launch from before its restart has ended."""
-    launch, is_restart = _launch()
+    own = {launch for launch, is_restart in _launches().items() if is_restart}
     until, told = time.monotonic() + PREDECESSOR_SECONDS, False
-    while (other := ask()) and is_restart and other.endswith(f"({launch})") and time.monotonic() < until:
+    while (other := ask()) and own & {*other.partition(" (")[2].rstrip(")").split(", ")} and time.monotonic() < until:
         if not told:
             print(f"waiting until {other} ends, of which this is a restart", file=sys.stderr, flush=True)
             told = True

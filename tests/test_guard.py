@@ -42,7 +42,8 @@ def test_a_second_ctrl_c_ends_the_process_at_once(environment):
     """`timeout` and some terminals send it twice: within a second that is one."""
     program = (
         "import os, signal, time; from pretrain.config.schema import GuardConfig; from pretrain.guard import Guard\n"
-        "guard = Guard(GuardConfig('stop')); [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n"
+        "guard = Guard(GuardConfig('stop')); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.1)\n"
+        "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n"
         "print(guard.received, flush=True); time.sleep(1.1); os.kill(os.getpid(), signal.SIGINT); print('alive')"
     )
     done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=600)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import run_folder
 from pretrain.cli import HELD, STOPPED
 from tests import forked
 from tests.conftest import command
@@ -127,3 +128,39 @@ def test_a_signal_while_the_data_is_opened_is_answered_at_once(environment, numb
     done = subprocess.run(forked.program("-c", program), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == STOPPED
     assert done.stderr == "interrupted before training began: nothing is lost, run the same command again\n"
+
+
+FINISH = (
+    "import os, sys; from pretrain import dist; from pretrain.cli import STOPPED\n"
+    "ranks = dist.from_environment(); dist.start(ranks)\n"
+    "if {waits} and ranks.rank: dist.all_gather_objects('still waiting')\n"
+    "dist.finish(STOPPED, is_agreed={agreed})"
+)
+
+
+def finished(environment: dict[str, str], waits: bool, agreed: bool, **more: str) -> int:
+    """The launcher's exit code for two ranks that stop, or for one that does while the other waits for it."""
+    line = forked.program("-c", FINISH.format(waits=waits, agreed=agreed), ranks=2)
+    return subprocess.run(line, env=environment | more, capture_output=True, timeout=600).returncode
+
+
+def test_a_rank_that_stops_alone_does_not_wait_for_one_that_waits_for_it(environment):
+    """Ctrl-C before training, in the middle of what the ranks agree on: they would wait for each other half an hour."""
+    assert finished(environment, waits=True, agreed=False) == 1
+
+
+def test_torchrun_does_not_restart_what_was_stopped_on_request(environment):
+    assert finished(environment, waits=False, agreed=True) == 1, "what torchrun makes of 75"
+    assert finished(environment, waits=False, agreed=True, TORCHELASTIC_MAX_RESTARTS="3") == 0
+
+
+def test_a_restart_by_torchrun_is_known_inside_a_job_too(monkeypatch, capsys):
+    for name, value in {"SLURM_JOB_ID": "5", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(name, value)
+    own, other = (f"process 7 on n1 (Slurm job 5, torchrun {pid})" for pid in (os.getppid(), 1))
+    held = [own, own, None]
+    assert run_folder._without_predecessor(lambda: held.pop(0)) is None and held == []
+    assert capsys.readouterr().err == f"waiting until {own} ends, of which this is a restart\n"
+    assert run_folder._without_predecessor(lambda: other) == other, "another run of the same job"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert run_folder._without_predecessor(lambda: own) == own

@@ -73,4 +73,4 @@ def result_of(run: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_tool(main, tells=True, kept="runs that are done stay, and the one under way was saved")
+    run_tool(main, tells=True, kept="what was trained and saved stays")

@@ -183,6 +183,8 @@ def check_said(config: Config, section: str, said: dict[str, str]) -> None:
 
 
 def _check_phases(train: TrainConfig) -> None:
+    if not train.steps and any(phase.seq_len != train.seq_len for phase in phases(train)):
+        raise ValueError("train.epochs counts rows of one length, and train.phases has others: give train.steps")
     last = 0
     for i, phase in enumerate(train.phases):
         if phase.from_step <= last:

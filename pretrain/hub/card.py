@@ -178,7 +178,9 @@ def _training(run: Path, step: int) -> dict[str, str]:
 
 
 def model_name(location: str | Path) -> str:
-    """What a run, one of its checkpoints or a Hugging Face folder is called, for others: never where it lies here."""
+    """What a run, one of its checkpoints or a Hugging Face folder is called, for others: by the names of its own folder
+    and of the two above, where these are deep enough to be no user's or disk's.
+    """
     path = Path(location)
     if path.exists():
         path = Path(os.path.abspath(path))
@@ -190,7 +192,8 @@ def model_name(location: str | Path) -> str:
     if isinstance(said, str) and _MODEL_ID.fullmatch(said) and not _says_nothing(said.rpartition("/")[2]):
         return said
     imported = read_object(path / IMPORTED).get("source", "")
-    for name in (path.name, imported, *reversed(path.parts[:-1])):
+    above = path.parts[3 if path.is_absolute() else 0 : -1]  # /home/somebody, /scratch/project
+    for name in (path.name, imported, *above[:-3:-1]):
         if name.startswith("models--"):  # the cache of the hub: models--google--bert/snapshots/<hash>
             return name.removeprefix("models--").replace("--", "/")
         if not _says_nothing(name):

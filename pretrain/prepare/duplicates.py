@@ -70,7 +70,10 @@ def name_places(plan: Plan, report: Report) -> None:
 
 def _source_of(plan: Plan, part: int, document: int) -> str:
     piece, number = _load(plan.folder(SIGNED, part) / PLACES_NAME)[document].tolist()
-    return source_of(plan.parts[part].pieces[piece], number, plan.settings.text_key)
+    try:
+        return source_of(plan.parts[part].pieces[piece], number, plan.settings.text_key)
+    except OSError:  # the input is read once more for this, and may be gone by now: that undoes nothing
+        return str(plan.parts[part].pieces[piece].path)
 
 
 def _load(path: Path) -> np.ndarray:

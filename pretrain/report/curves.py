@@ -68,7 +68,7 @@ def _draw(title: str, curves: list[Curve], marks: dict[str, list[int]], levels: 
         figure = Figure(figsize=(5.2, 2.9))  # with margins of its own: a layout engine would draw everything twice
         axes = figure.add_axes((0.145, 0.15, 0.835, 0.81))
         last = max(1, *(curve.x[-1] for curve in curves))
-        for kind, step in ((kind, step) for kind, steps in marks.items() for step in steps if step <= last):
+        for kind, step in ((kind, step) for kind, steps in marks.items() for step in steps):
             axes.axvline(step, color=FAULT if kind == "fault" else INK, linestyle=STYLES[kind], linewidth=0.9)
         for style, (name, value) in zip(("dashed", "dotted"), levels.items(), strict=False):
             axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=name)

@@ -33,11 +33,12 @@ def told_together(saves: list[Event]) -> str:
     """Several saves in a line: how many, of which steps, how large and how long; any event alone as `told`."""
     if len(saves) == 1:
         return told(saves[0])
-    if not all({"step", "megabytes", "seconds"} <= save.keys() for save in saves):  # damaged
+    try:
+        steps, megabytes, seconds = ([save[name] for save in saves] for name in ("step", "megabytes", "seconds"))
+        return (f"{len(saves)} times until {clock(saves[-1])}, steps {steps[0]:,} to {steps[-1]:,}: "
+                f"{_size(max(megabytes))} each, in {_range(seconds)} s")  # fmt: skip
+    except (KeyError, TypeError, ValueError):  # damaged
         return f"{len(saves)} times"
-    steps, megabytes, seconds = ([save[name] for save in saves] for name in ("step", "megabytes", "seconds"))
-    return (f"{len(saves)} times until {clock(saves[-1])}, steps {steps[0]:,} to {steps[-1]:,}: "
-            f"{_size(max(megabytes))} each, in {_range(seconds)} s")  # fmt: skip
 
 
 def clock(event: Event) -> str:
@@ -45,13 +46,15 @@ def clock(event: Event) -> str:
     return str(event.get("time", ""))[:19].replace("T", " ")
 
 
-def marks(events: Iterable[Event]) -> dict[str, list[int]]:
-    """The steps at which a run was resumed, entered a phase, or met a fault."""
+def marks(events: Iterable[Event], last: float) -> dict[str, list[int]]:
+    """The steps up to the `last` one at which a run was resumed, met a fault, or entered a phase as planned at last."""
     found: dict[str, set[int]] = {name: set() for name in MARKS}
     for event in events:
+        if event.get("kind") in ("start", "resume"):
+            found["phase"].clear()  # each start says all of them
         step = event.get("from_step", event.get("step"))
         for name, kinds in MARKS.items():
-            if event.get("kind") in kinds and type(step) is int and step:
+            if event.get("kind") in kinds and type(step) is int and 0 < step <= last:
                 found[name].add(step)
     return {name: sorted(steps) for name, steps in found.items() if steps}
 
@@ -103,7 +106,7 @@ def _source(event: Event) -> str:
                 f"longest has {event['longest']:,} tokens{cut}{dropped}")  # fmt: skip
     unused = f", {event['unused_tokens']:,} tokens in none" if event["unused_tokens"] else ""
     fill = f" {event['fill_rate']:.1%} full" if event["fill_rate"] < 1 else ""
-    return (f"{event['source']}: {event['share']:.1%} of the samples, {event['epochs']:.3g} epochs of "
+    return (f"{event['source']}: {event['share']:.1%} of the tokens, {event['epochs']:.3g} epochs of "
             f"{event['rows']:,} rows{fill}{unused}")  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
         _header(run_dir.resolve().name, metrics, _total_steps(config_text)),
         _warning(read_object(run_dir / DATA).get(TRAINED_ON)),
         _tiles(metrics, bool(task)),
-        _curves(metrics, said.marks(happened), evaluation),
+        _curves(metrics, said.marks(happened, _last(metrics["step"])), evaluation),
         *(_task(*each) for each in sets.results(task, result)),
         _mistakes(read_lines(run_dir / PREDICTIONS)),
         _suites(evaluation),

@@ -6,8 +6,8 @@ is read as it would be alone, epoch after epoch, whatever it is mixed with.
 
 A phase begins at a step with a sequence length, a global batch size and weights. Where only the batch or the weights
 change, every source goes on where it was. So it does where the length changes and both lengths are pieces of the same
-wholes (pieces.py). Another new length cuts other rows: each source begins a new epoch then, and what it has not read of
-the one before is left behind.
+wholes (pieces.py), but for what is left of a block when the change was not planned. Another new length cuts other rows:
+each source begins a new epoch then, and what it has not read of the one before is left behind.
 """
 
 from bisect import bisect_right
@@ -43,7 +43,7 @@ EpochSamples = Callable[[int, Cut], int]  # (source, cut) -> rows of the source 
 class Phase:
     """What holds from `from_step` on: sequence length in tokens, samples of a global batch, a weight for each source.
 
-    `whole_len`: the windows that its rows are pieces of; 0, as in all phases of version 1: the rows themselves.
+    `whole_len`: the windows that its rows are pieces of; 0, of packed documents and in version 1: the rows themselves.
     `open_phases` fills in `from_sample` and, for each source, the numbers of its next sample (`starts`), of the first
     of this length (`origins`) and of the first after the planned end of this length (`ends`; empty: none is planned);
     and how many rows of the length before are left behind (`left`; empty: less than a whole).
@@ -89,17 +89,17 @@ def open_phases(
     """All phases of a run that stands before `step`: the past as recorded, the future as planned.
 
     `planned` is in order and begins at step 0. A plan that says something else of now than the last recorded phase
-    opens a new one at `step`.
+    opens a new one at `step`; so does a phase that is planned for this step, whatever it changes.
     """
     assert planned[0].from_step == 0
     phases = [phase for phase in recorded if phase.from_step < step]
     past = len(phases)
     now = [phase for phase in planned if phase.from_step <= step][-1]
-    if not phases or phases[-1].settings() != now.settings():
+    if not phases or now.from_step == step or phases[-1].settings() != now.settings():
         phases.append(_opened(phases, replace(now, from_step=step), seed, epoch_samples))
     for phase in planned:
         if phase.from_step > step:
-            if phase.cut != phases[-1].cut:
+            if _kept(phase, phases[-1]).cut != phases[-1].cut:
                 _plan_end(phases, past, phase.from_step, seed)
             phases.append(_opened(phases, phase, seed, epoch_samples))
     return tuple(phases)
@@ -120,11 +120,19 @@ def _plan_end(phases: list[Phase], past: int, step: int, seed: int) -> None:
         phases[first:] = [replace(phase, ends=ends) for phase in phases[first:]]
 
 
+def _kept(phase: Phase, last: Phase) -> Phase:
+    """The phase with the wholes of the one before it where its rows can be pieces of them, whatever else is planned."""
+    if phase.whole_len and last.cut.whole_len % phase.seq_len == 0:
+        return replace(phase, whole_len=last.cut.whole_len)
+    return phase
+
+
 def _opened(before: list[Phase], phase: Phase, seed: int, epoch_samples: EpochSamples) -> Phase:
     nothing = (0,) * len(phase.weights)
     if not before:
         return replace(phase, from_sample=0, starts=nothing, origins=nothing)
     last = before[-1]
+    phase = _kept(phase, last)
     starts = _next_samples(last, phase.from_step, seed)
     samples = last.from_sample + (phase.from_step - last.from_step) * last.global_batch_size
     if phase.cut == last.cut:

@@ -1,9 +1,9 @@
 """Windows cut into shorter ones: which piece of which window a row is. Pure, like order.py.
 
 A run that plans several sequence lengths reads one epoch of windows of the longest, its wholes; a phase of shorter rows
-reads pieces of them. Its rows are all pieces of the next wholes, about `BLOCK` pieces of one epoch at a time permuted
-among themselves: so pieces of a whole lie far apart, and what a phase leaves for the next one is whole again. Where the
-end of a phase is planned, the last block holds only as many wholes as it takes.
+reads pieces of them. Its rows are all pieces of the next wholes, permuted among themselves in blocks of one epoch that
+have `BLOCK` pieces, or somewhat more: so pieces of a whole lie far apart, and what a phase leaves for the next one is
+whole again. Where the end of a phase is planned, its blocks hold only as many wholes as it takes.
 """
 
 from dataclasses import dataclass
@@ -49,10 +49,11 @@ class Stretch:
     def block(self, whole: int) -> tuple[int, int]:
         """The first whole of the block that a whole is in, and the one after its last."""
         epoch = whole // self.epoch_wholes
-        begin, size = max(self.origin // self.ratio, epoch * self.epoch_wholes), max(1, BLOCK // self.ratio)
-        start = begin + (whole - begin) // size * size
-        planned = whole + size if self.end is None else self._planned
-        return start, min(start + size, (epoch + 1) * self.epoch_wholes, planned)
+        begin, end = max(self.origin // self.ratio, epoch * self.epoch_wholes), (epoch + 1) * self.epoch_wholes
+        wholes = (end if self.end is None else min(end, self._planned)) - begin
+        blocks = max(1, wholes * self.ratio // BLOCK)  # of nearly the same size: a small last one would mix nothing
+        number = ((whole - begin + 1) * blocks - 1) // wholes
+        return begin + number * wholes // blocks, begin + (number + 1) * wholes // blocks
 
     @property
     def _planned(self) -> int:

@@ -89,7 +89,10 @@ class Source:
             shorter //= 2
         fits = int(self.manifest.windows_per_shard(shorter).sum()) >= needed
         remedies = [f"a global batch with at most {samples} of them"] if samples else []
-        remedies += [f"a sequence length of at most {shorter}"] if fits else []
+        if cut.ratio > 1:  # the rows are pieces of the windows of the longest length
+            remedies += [f"no phase of {cut.whole_len} tokens, of whose windows these are pieces"]
+        elif fits:
+            remedies += [f"a sequence length of at most {shorter}"]
         raise ValueError(
             f"{self.manifest.location} holds {samples} samples of {seq_len} tokens, fewer than the {needed} of one "
             f"batch ({self.manifest.tokens:,} tokens in all): use {' or '.join(remedies + ['more text'])}"

@@ -231,13 +231,19 @@ class Stream:
         return Mixture(phases, self._seed, lambda source, whole_len: self._sources[source].order(whole_len))
 
     def _in_wholes(self, plan: Sequence[Phase]) -> tuple[Phase, ...]:
-        """The plan, its lengths as pieces of the longest one where they divide it and all sources have such windows."""
+        """The plan, its lengths as pieces of the longest one where they divide it and all sources have such windows.
+        Documents that are packed have no pieces.
+        """
         longest = max(phase.seq_len for phase in plan)
         used = [any(weights) for weights in zip(*(phase.weights for phase in plan), strict=True)]
         manifests = [source.manifest for source, is_used in zip(self._sources, used, strict=True) if is_used]
-        if self._options.packing != "window" or not all(m.windows_per_shard(longest).any() for m in manifests):
+        if self._options.packing != "window":
             return tuple(plan)
-        return tuple(phase if longest % phase.seq_len else replace(phase, whole_len=longest) for phase in plan)
+        have = all(manifest.windows_per_shard(longest).any() for manifest in manifests)
+        return tuple(
+            replace(phase, whole_len=longest if have and longest % phase.seq_len == 0 else phase.seq_len)
+            for phase in plan
+        )
 
     def _check(self, phase: Phase) -> None:
         """`ValueError` for a phase that the data or the number of ranks do not allow."""

@@ -47,7 +47,9 @@ def _why_left(before: Phase, phase: Phase, packing: str) -> str:
     short, long = sorted((before.seq_len, phase.seq_len))
     if packing != "window":
         return f"{packing} packs the documents anew for each length"
+    if before.cut.whole_len == phase.cut.whole_len:
+        return f"the rows of {before.seq_len} tokens were planned to end at another step"
     if long % short:
         return f"rows of {long} tokens are not made of rows of {short}"
-    return (f"when the rows of {before.seq_len} tokens began, those of {phase.seq_len} were not planned for this step, "
-            f"or a source has no text of {long} tokens in a piece")  # fmt: skip
+    return (f"rows of {phase.seq_len} tokens were not planned when those of {before.seq_len} began, or a source has no "
+            "text that long in a piece")  # fmt: skip

@@ -272,6 +272,10 @@ def test_a_wrong_phase_is_named_with_where_it_came_from():
         compose.compose("pretrain", ["run.name=x", "train.phases=[{from_step: 3, seq_len: 8}, {step: 30}]"])
     with pytest.raises(ValueError, match=r"train.phases\[0\] .*: it needs from_step"):
         compose.compose("pretrain", ["run.name=x", "train.phases=[{seq_len: 8}]"])
+    epochs = ["run.name=x", "train.steps=0", "train.epochs=2", "train.seq_len=64"]
+    with pytest.raises(ValueError, match="train.epochs counts rows of one length, and train.phases has others: give"):
+        compose.compose("pretrain", [*epochs, "train.phases=[{from_step: 3, seq_len: 8}]"])
+    compose.compose("pretrain", [*epochs, "train.phases=[{from_step: 3, global_batch_size: 8}]"])
 
 
 def test_every_task_is_known_wherever_tasks_are_listed():

@@ -63,9 +63,15 @@ def test_an_imported_folder_has_its_name_or_that_of_what_was_imported(tmp_path):
         assert model_name(tmp_path / name) == told
 
 
+def test_no_user_and_no_disk_is_named():
+    for path in ("/home/alice/models/final", "/home/alice/model", "/scratch/secret/checkpoints/best", "/data/model"):
+        assert model_name(path) in ("final", "model", "best"), path
+    assert model_name("/home/alice/bert/model") == "bert" == model_name("/home/alice/bert/final/checkpoint-5")
+
+
 def test_what_is_gone_has_the_name_that_its_place_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert model_name("/gone/away/bert/model") == "bert" and model_name("../bert/checkpoint-7") == "bert"
+    assert model_name("/gone/far/away/bert/model") == "bert" and model_name("../bert/checkpoint-7") == "bert"
     assert model_name("runs/base/checkpoints/step-000000002") == "base, step 2" and model_name("runs/base") == "base"
     assert model_name("../model") == "model" and model_name("model") == "model"
 

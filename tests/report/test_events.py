@@ -24,9 +24,9 @@ EXAMPLES = {"kind": "source", "examples": 1200, "tokens": 40000, "epochs": 3.0, 
     ({"kind": "saved", "step": 100, "seconds": 0.6178, "megabytes": 28.81}, "step 100: 28.8 MB in 0.62 s"),
     ({"kind": "saved", "step": 100, "seconds": 61.2, "megabytes": 16060.0}, "step 100: 16.1 GB in 61 s"),
     ({"kind": "save_failed", "step": 100, "seconds": 0.6178, "error": "no room"}, "step 100, after 0.62 s: no room"),
-    (SOURCE | {"unused_tokens": 0}, "shards/web: 75.0% of the samples, 1.5 epochs of 1,234 rows"),
+    (SOURCE | {"unused_tokens": 0}, "shards/web: 75.0% of the tokens, 1.5 epochs of 1,234 rows"),
     (SOURCE | {"unused_tokens": 99, "fill_rate": 0.985},
-     "shards/web: 75.0% of the samples, 1.5 epochs of 1,234 rows 98.5% full, 99 tokens in none"),
+     "shards/web: 75.0% of the tokens, 1.5 epochs of 1,234 rows 98.5% full, 99 tokens in none"),
     (EXAMPLES | {"cut": 0, "cut_tokens": 0}, "1,200 examples of 40,000 tokens, 3 epochs; the longest has 700 tokens"),
     (EXAMPLES | {"cut": 7, "cut_tokens": 800, "dropped": 2},
      "1,200 examples of 40,000 tokens, 3 epochs; the longest has 700 tokens, 7 cut by 800 tokens in all, 2 dropped"),
@@ -66,14 +66,16 @@ def test_saves_that_follow_each_other_are_one_line():
         "3 times until 2026-11-24 09:30:00, steps 10 to 30: 28.8 MB each, in 0.41 to 0.62 s"
     )
     assert told_together(groups[3]) == "step 10: 28.8 MB in 0.41 s"
-    assert told_together([{"kind": "saved", "step": "x"}, {"kind": "saved"}]) == "2 times"
+    for damaged in ({"kind": "saved", "step": "x"}, {"step": "x", "megabytes": 1.0, "seconds": 1.0}, {"step": None}):
+        assert told_together([damaged, saves[0]]) == "2 times"
 
 
 def test_what_is_marked_on_curves():
     happened = [
-        START, {"kind": "resume", "step": 20}, {"kind": "resume", "step": 10}, {"kind": "phase", "from_step": 30},
-        {"kind": "phase", "from_step": 30}, {"kind": "save_failed", "step": 12}, {"kind": "not_finite", "step": None},
+        START, {"kind": "phase", "from_step": 25}, {"kind": "resume", "step": 20}, {"kind": "resume", "step": 10},
+        {"kind": "phase", "from_step": 0}, {"kind": "phase", "from_step": 30}, {"kind": "phase", "from_step": 30},
+        {"kind": "phase", "from_step": 90}, {"kind": "save_failed", "step": 12}, {"kind": "not_finite", "step": None},
     ]  # fmt: skip
-    assert marks(happened) == {"resume": [10, 20], "phase": [30], "fault": [12]}
-    assert marks([START]) == {}
+    assert marks(happened, 50) == {"resume": [10, 20], "phase": [30], "fault": [12]}, "as planned at last, and come to"
+    assert marks([START], 50) == {} == marks(happened, float("nan"))
     assert events.listed(range(9)) == "0, 1, 2, 3, 4, 5, 6, 7 and 1 more"

@@ -293,7 +293,7 @@ def test_what_happened_is_marked_on_the_curves_and_said(tmp_path):
     assert marked.count("var(--bad)") == 6  # a line a panel
     drawn = [len(re.findall("stroke-dasharray: [^n]", page)) for page in (plain, marked)]
     assert drawn[1] - drawn[0] == 12  # one resume and one phase a panel: what is to come is not drawn
-    assert "resumed (dotted) at step 40; a new phase (dashed) at step 60, 300; a fault (red) at step 90." in text
+    assert "resumed (dotted) at step 40; a new phase (dashed) at step 60; a fault (red) at step 90." in text
     assert "saved 3 times until" in text and "steps 50 to 150: 3 MB each, in 0.5 s" in text
 
 

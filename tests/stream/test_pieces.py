@@ -34,12 +34,25 @@ def test_a_planned_stretch_is_all_pieces_of_just_as_many_wholes(ratio, rows):
 
 
 def test_what_an_open_stretch_has_touched_is_its_blocks():
-    stretch, size = Stretch(4, EPOCH, origin=0), BLOCK // 4
+    size = BLOCK // 4
+    stretch = Stretch(4, 100 * size, origin=0)
     assert [stretch.used_before(row) for row in (0, 1, BLOCK, BLOCK + 1)] == [0, size, size, 2 * size]
     assert Stretch(1, EPOCH, origin=0).used_before(17) == 17
-    cut = Stretch(4, EPOCH, origin=0, end=BLOCK + 10)
-    assert [cut.used_before(row) for row in (1, BLOCK + 1, BLOCK + 10)] == [size, size + 3, size + 3]
-    assert cut.used_before(BLOCK + 11) == 2 * size + 3  # of the stretch after it
+    planned = Stretch(4, 100 * size, origin=0, end=BLOCK + 10)  # too little for two blocks
+    assert [planned.used_before(row) for row in (1, BLOCK, BLOCK + 10)] == [size + 3] * 3
+    assert planned.used_before(BLOCK + 11) > 2 * size + 3  # of the stretch after it
+
+
+def test_blocks_are_of_nearly_the_same_size():
+    """A small last one would put the pieces of a whole next to each other."""
+    for wholes in (1, 5, BLOCK // 4 + 1, 3 * BLOCK // 4 - 1, BLOCK):
+        stretch, sizes, whole = Stretch(4, wholes, origin=0), [], 0
+        while whole < wholes:
+            start, stop = stretch.block(whole)
+            assert start == whole and all(stretch.block(each) == (start, stop) for each in (whole, stop - 1))
+            sizes.append(4 * (stop - start))
+            whole = stop
+        assert sum(sizes) == 4 * wholes and max(sizes) < 2 * BLOCK and min(sizes) >= min(4 * wholes, BLOCK)
 
 
 def test_no_block_is_of_two_epochs():
@@ -163,6 +176,40 @@ def test_what_an_earlier_version_recorded_keeps_its_meaning(sources):
         went_on.resume(state | {"version": 3}, 12)
 
 
+def resumed(before: Stream, step: int, sources: list[Manifest], plan: list[Phase]) -> Stream:
+    stream = Stream(sources, plan, 5)
+    stream.resume(json.loads(json.dumps(before.state(step))), step)
+    return stream
+
+
+def test_a_resume_at_any_step_reads_what_an_undisturbed_run_reads(sources):
+    """Also where a phase begins that changes nothing of the order: only the micro-batch, say."""
+    plan = [*phases((0, 16), (5, 16)), Phase(9, 16, 24, (3.0, 1.0)), *phases((12, 64), (15, 64), (18, 32))]
+    whole = Stream(sources, plan, 5)
+    for step in range(1, 24):
+        again = resumed(whole, step, sources, plan)
+        assert again.phases == whole.phases
+        assert again.places(again.numbers(step)) == whole.places(whole.numbers(step))
+
+
+@pytest.mark.parametrize("is_first_version", [False, True])
+def test_another_batch_goes_on_in_the_epoch_whatever_else_is_planned(sources, is_first_version):
+    """A longer length far ahead, or one that is given up, is no reason to leave anything behind."""
+    short = [Phase(0, 16, 48, (3.0, 1.0))]
+    batch, longer = Phase(10, 16, 24, (1.0, 1.0)), Phase(50, 64, 48, (3.0, 1.0))
+    for begun, plan in ((short, [*short, batch, longer]), ([*short, longer], [*short, batch])):
+        before = Stream(sources, begun, 5)
+        if is_first_version:
+            before = Stream(sources, short, 5)
+        now = resumed(before, 8, sources, plan)
+        (at,) = [phase for phase in now.phases if phase.from_step == 10]
+        assert not at.left and at.cut == before.phases[0].cut
+    planned = Stream(sources, phases((0, 16), (20, 64)), 5)
+    more = resumed(planned, 10, sources, phases((0, 16), (20, 64), (40, 128)))
+    assert [bool(phase.left) for phase in more.phases] == [False, False, True], "what was planned before still is"
+    assert "rows of 128 tokens were not planned when those of 64 began" in more.phase_summary(50)[2]["reason"]
+
+
 @pytest.mark.parametrize("moved", [16, 26])
 def test_a_plan_that_changes_reads_nothing_twice_and_says_what_is_left(sources, moved):
     """The end of the first length was planned for step 20."""
@@ -175,7 +222,10 @@ def test_a_plan_that_changes_reads_nothing_twice_and_says_what_is_left(sources, 
     assert all((past + now).max() == 1 for past, now in zip(*counts, strict=True))
     summary = changed.phase_summary(40)[1]
     unread = [int((1 - (past + now)[: now.any(axis=1).sum() - 1]).sum()) for past, now in zip(*counts, strict=True)]
-    assert max(summary["left"]) * 16 >= 64 and "were not planned for this step" in summary["reason"]
+    assert (
+        max(summary["left"]) * 16 >= 64
+        and summary["reason"] == "the rows of 16 tokens were planned to end at another step"
+    )
     assert [0 <= rows * 16 - tokens < 64 or tokens == 0 for rows, tokens in zip(summary["left"], unread, strict=True)]
 
 
@@ -202,6 +252,15 @@ def test_a_source_without_text_that_long_keeps_its_own_rows(sources, tmp_path):
         Stream([sources[0], short], phases((0, 16), (10, 64)), 5)
     stream = Stream([sources[0], short], [Phase(0, 16, 48, (3.0, 1.0)), Phase(10, 64, 48, (1.0, 0.0))], 5)
     assert [phase.cut.whole_len for phase in stream.phases] == [16, 64]
+
+
+def test_a_batch_that_no_pieces_suffice_for_names_the_length_that_makes_them_few(sources):
+    rows = 4 * int(sources[1].windows_per_shard(64).sum())
+    with pytest.raises(
+        ValueError, match=f"at most {rows} of them or no phase of 64 tokens, of whose windows these are"
+    ):
+        Stream(sources[1:], [Phase(0, 16, rows + 1, (1.0,)), Phase(9, 64, 8, (1.0,))], 5)
+    Stream(sources[1:], [Phase(0, 16, rows, (1.0,)), Phase(9, 64, 8, (1.0,))], 5)
 
 
 def test_figures_are_of_what_is_read(sources):
