@@ -17,6 +17,7 @@ from pretrain.config import compose
 from pretrain.config.schema import to_yaml
 from pretrain.evaluation.validation import Best, Several, together
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.report.page import write_report
 from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
 from pretrain.stream.objectives import IGNORE, causal_lm, make_objective
@@ -95,6 +96,8 @@ def test_of_several_sets_the_tool_takes_the_first_or_the_one_that_is_named(undis
     assert "bytes of text that is trained on too (rest)\n" in out and "has the held-out sets" not in err
     placed, out, _ = evaluated("--data", str(rest))
     assert placed == {name: value for name, value in named.items() if name != "set"} and "trained on too\n" in out
+    assert "bits per byte on text that is trained on too (unigram" in headline(run)
+    assert "Evaluation on all text that is trained on too<" in write_report(run).read_text()
     suite, out, _ = evaluated("--suite", "--limit", "20")
     assert suite["suite"]["set"] == "own" and f"{run}, suite (own)\n" in out
 

@@ -33,7 +33,6 @@ from tests import forked
 from tests.forked import ROOT
 from tests.models import SMALL, initial_values, write_weights
 from tools import evaluate, show_batches
-from tools.report import headline
 
 pytestmark = pytest.mark.usefixtures("transformers_forked")
 QUESTIONS = [(f"{word} ", ["self", "the", "import os"]) for word in ("def", "class", "return", "import", "if", "from")]
@@ -284,16 +283,6 @@ def test_two_evaluations_at_once_keep_what_both_found(tmp_path):
         path.write_text('{"step": 1, "val_loss": 2.0}')
     second.join()
     assert json.loads(path.read_text()) == {"step": 1, "val_loss": 2.0, "suite": {"step": 1}}
-
-
-def test_text_that_was_trained_on_is_not_called_held_out(undisturbed, shards, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    for data, told in ((shards, "held-out text"), (shards / "train", "text that is trained on too")):
-        evaluate.main([str(run), "--data", str(data), "--precision", "fp32"])
-        assert f" bytes of {told}\n" in capsys.readouterr().out
-        assert f"bits per byte on {told} (unigram" in headline(run)
-        assert f"Evaluation on all {told}" in write_report(run).read_text()
 
 
 def test_what_has_no_held_out_text_of_its_own_is_refused(tmp_path):
