@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texts", nargs="+", metavar="PATH", help="make the index of these files and folders")
     parser.add_argument("--text-key", default="text", help="--texts: field of JSONL or Parquet (default %(default)s)")
     parser.add_argument("--show", type=names, default=[], metavar="COLUMN,...", help="with --texts: other columns of "
-                        "the table, to be kept; to search: which of these to show (default: all)")  # fmt: skip
+                        "the table (of a table or a folder of tables then), to be kept; to search: which to show "
+                        "(default: all)")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, help="--texts: of a passage (default: of the run's tuning)")
     parser.add_argument("--query", action="append", default=[], help="what to look for; may be given several times")
     parser.add_argument("--queries", help="a table of them, as FILE.jsonl")

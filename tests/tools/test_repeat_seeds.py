@@ -38,9 +38,10 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, environment, sent):
     seed.
     """
     script = (
-        "import pathlib, signal, sys, time; root = pathlib.Path(sys.argv[1]); (root / 'started').touch()\n"
+        "import pathlib, signal, sys, time; root = pathlib.Path(sys.argv[1])\n"
         "def save(*_): time.sleep(1); (root / 'saved').touch(); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "(root / 'started').touch(); time.sleep(600)"
     )
     seeds = forked.program(ROOT / "tools" / "repeat_seeds.py")
     line = [*seeds, "--", sys.executable, "-c", script, str(tmp_path), "run.name=x"]
