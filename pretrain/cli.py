@@ -48,7 +48,7 @@ def check_text(text: str, what: str) -> None:
         raise ValueError(f"{what} is not UTF-8: type it, or rename the file, in UTF-8") from None
 
 
-def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "no output was written") -> None:
+def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "") -> None:
     """Run a tool's `main`; `ValueError`, `OSError` and Ctrl-C become one message on stderr and a code of the table.
     `kept`: what there is of the work after Ctrl-C, where stdout is not all of it.
 
@@ -68,7 +68,8 @@ def run_tool(main: Callable[[], None], tells: bool = False, kept: str = "no outp
         print(f"error: {error}", file=sys.stderr)
         sys.exit(HELD if isinstance(error, Held) else MISTAKE)
     except KeyboardInterrupt:
-        print("interrupted" + f": {kept}; run the same command again" * tells, file=sys.stderr)
+        kept = kept or "no output was written" * tells
+        print("interrupted" + f": {kept}; run the same command again" * bool(kept), file=sys.stderr)
         sys.exit(STOPPED)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import run_folder
+from pretrain import cli, run_folder
 from pretrain.cli import HELD, STOPPED
 from tests import forked
 from tests.conftest import command
@@ -164,3 +164,20 @@ def test_a_restart_by_torchrun_is_known_inside_a_job_too(monkeypatch, capsys):
     assert run_folder._without_predecessor(lambda: other) == other, "another run of the same job"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert run_folder._without_predecessor(lambda: own) == own
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "interrupted\n"),  # all that there is was printed
+        ({"tells": True}, "interrupted: no output was written; run the same command again\n"),
+        ({"kept": "nothing was written"}, "interrupted: nothing was written; run the same command again\n"),
+    ],
+)
+def test_a_tool_says_what_there_is_of_its_work(capsys, options, said):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_tool(main, **options)
+    assert ended.value.code == STOPPED and capsys.readouterr().err == said

@@ -83,4 +83,4 @@ def write(told: list[dict], table: Table, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, kept="no predictions were written")

@@ -218,4 +218,4 @@ def on_a_line(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, kept="nothing was written")
