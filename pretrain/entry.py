@@ -82,7 +82,8 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
     except ValueError as error:
         refuse([mistake or (MISTAKE, str(error))], ranks)
     try:
-        hardware.resolve_precision(plan.config.train.precision, device) if plan else None
+        if plan is not None:
+            hardware.resolve_precision(plan.config.train.precision, device)
     except ValueError as error:
         mistake = mistake or (MISTAKE, f"train.precision={error}")
     refuse(dist.all_gather_objects(mistake), ranks)

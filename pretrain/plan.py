@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.checkpoint.manifest import committed
+from pretrain.config.held_out import told_of_trained_on
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.engine.engine import LossRows
 from pretrain.evaluation.validation import Evaluation
@@ -12,7 +13,7 @@ from pretrain.examples.stream import ExampleStream
 from pretrain.files import TRAINED_ON
 from pretrain.inference import generate
 from pretrain.model.heads import parameter_shapes
-from pretrain.report.events import told
+from pretrain.report.events import listed, told
 from pretrain.stream.stream import Stream
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -47,8 +48,7 @@ def notes(plan: Plan) -> list[str]:
     if cfg.schedule.warmup_steps > cfg.train.steps:
         found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
                      "the learning rate never reaches optim.lr")  # fmt: skip
-    for held_out in plan.trains_on_held_out:
-        found.append(f"data.val={held_out} is trained on too: its figures are not of held-out text")
+    found += map(told_of_trained_on, plan.trains_on_held_out)
     if plan.new_parameters is not None:  # the run begins: later, what was recorded counts, and events say it
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip
@@ -66,9 +66,7 @@ def reasons(plan: Plan) -> dict[str, list[str]]:
     named: dict[str, list[str]] = {}
     for name, reason in plan.new_parameters.items():
         named.setdefault(reason, []).append(name)
-    told = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {reason}"
-            for reason, names in named.items()]  # fmt: skip
-    return {"reasons": told} if told else {}
+    return {"reasons": [f"{listed(names)}: {reason}" for reason, names in named.items()]} if named else {}
 
 
 def what_would_run(plan: Plan) -> str:

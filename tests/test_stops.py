@@ -1,10 +1,13 @@
 """How a run ends before its end, and what its exit code says: signals, a launcher that is gone, a run that is held."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +184,59 @@ def test_a_tool_says_what_there_is_of_its_work(capsys, options, said):
     with pytest.raises(SystemExit) as ended:
         cli.run_tool(main, **options)
     assert ended.value.code == STOPPED and capsys.readouterr().err == said
+
+
+HELD_BACK = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace as Facts
+from pretrain import entry
+sys.argv[1:] = ["run.name=x", "data.train=x"]
+config = Facts(run=Facts(folder=Path({folder!r})), train=Facts(precision="fp32"), log=Facts(sample_tokens=0))
+entry.main("pretrain", lambda *_: Facts(config=config))
+"""
+
+
+def test_a_signal_while_the_ranks_agree_ends_them_at_once(train, environment):
+    """The main rank waits for what is left of its launch, the other one for the main rank."""
+    job = {"SLURM_JOB_ID": "19"}
+    with training(train, environment, "agreeing", **job):
+        program = HELD_BACK.format(folder=str(train.root / "agreeing"))
+        line = forked.program("-c", program, ranks=2)
+        env = environment | job | {"SLURM_RESTART_COUNT": "1"}
+        both = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)
+        while "of which this is a restart" not in both.stderr.readline():
+            assert both.poll() is None
+        os.kill(forked.ranks_of(both.pid)[0], signal.SIGTERM)
+        assert both.wait(600) == 1, "what torchrun makes of 75"
+        assert "interrupted before training began" in both.communicate()[1]
+
+
+ASKED = """
+import sys, torch
+real = torch.use_deterministic_algorithms
+torch.use_deterministic_algorithms = lambda wanted: (print("deterministic:", wanted, flush=True), real(wanted))
+from pretrain import entry, train
+entry.main("pretrain", train.make_plan)
+"""
+
+
+def test_the_bar_says_what_takes_its_time_and_determinism_is_asked_for(train, environment):
+    """The whole run on a terminal."""
+    arguments = command(1, f"run.root={train.root}", f"data.train={train.shards}", f"data.val={train.shards}")
+    where = arguments.index("pretrain.train") + 1
+    more = ("run.name=terminal", "train.steps=2", "train.deterministic=true", "log.console=true", "log.sample_tokens=4")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))  # rows and columns
+    line = forked.program("-c", ASKED, *arguments[where:], *more)
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        screen = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while piece := os.read(ours, 4096):
+                screen += piece
+        os.close(ours)
+        said = process.communicate(timeout=600)[0]
+    assert "deterministic: True" in said and process.returncode == 0, said
+    for doing in ("validating", "saving", "writing a sample text", "drawing the report"):
+        assert doing.encode() in screen, (doing, screen, said)

@@ -52,6 +52,11 @@ def split_name(text: str) -> tuple[str, str]:
     return name, place
 
 
+def told_of_trained_on(places: str) -> str:
+    """What is said where held-out data is trained on too."""
+    return f"data.val={places} is trained on too: its figures are not of held-out text"
+
+
 def text_of(evaluation: dict[str, Any]) -> str:
     """What text the figures of a run's evaluation.json are of."""
     kind = "text that is trained on too" if evaluation.get("is_trained_on") else "held-out text"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pretrain.config.held_out import text_of
+from pretrain.config.held_out import text_of, told_of_trained_on
 from pretrain.files import DATA, EVALUATION, PREDICTIONS, RESULT, TASK, TRAINED_ON, read_lines, read_object
 from pretrain.report import events as said
 from pretrain.report import sets, theme
@@ -101,8 +101,7 @@ def _header(name: str, metrics: Metrics, total_steps: int | None) -> str:
 
 def _warning(trained_on: str | None) -> str:
     """Where figures of validation are not of held-out text, that is said above them."""
-    told = f"data.val={trained_on} is trained on too: its figures are not of held-out text."
-    return f"<p><b>{esc(told)}</b></p>" if trained_on else ""
+    return f"<p><b>{esc(told_of_trained_on(trained_on))}.</b></p>" if trained_on else ""
 
 
 def _tiles(metrics: Metrics, is_tuned: bool) -> str:
