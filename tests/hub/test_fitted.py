@@ -119,5 +119,5 @@ def test_the_reasons_of_a_head_that_is_there(line, tmp_path, monkeypatch):
     }  # fmt: skip
     plan = planned(monkeypatch, line(folder, "ab", "tuning=lora"))
     told = reasons(plan)["reasons"]
-    assert told[0].startswith("trunk.blocks.0.") and told[0].endswith(" and 8 more: LoRA adds it"), told
+    assert told[0].startswith("trunk.blocks.0.") and told[0].endswith(" and 4 more: LoRA adds it"), told
     assert told[1:] == ["head.weight, head.bias: its labels are others (good, bad)"]
