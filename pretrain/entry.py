@@ -22,10 +22,11 @@ from pretrain.checkpoint.manifest import step_folder
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.cli import FAILED, FINISHED, HELD, MISTAKE, STOPPED, Held, stops_as_ctrl_c
 from pretrain.config import compose
-from pretrain.config.schema import Config, ModelConfig, accumulation_steps, to_yaml
+from pretrain.config.schema import Config, ModelConfig, accumulation_steps, at_step, phases, to_yaml
+from pretrain.engine import memory
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
-from pretrain.engine.settings import deepspeed_config
+from pretrain.engine.settings import check_accumulation, deepspeed_config
 from pretrain.evaluation.validation import Best
 from pretrain.files import DATA, NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
@@ -83,12 +84,22 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
         refuse([mistake or (MISTAKE, str(error))], ranks)
     try:
         if plan is not None:
-            hardware.resolve_precision(plan.config.train.precision, device)
+            check_device(plan, ranks, device)
     except ValueError as error:
-        mistake = mistake or (MISTAKE, f"train.precision={error}")
+        mistake = mistake or (MISTAKE, str(error))
     refuse(dist.all_gather_objects(mistake), ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     return plan, ranks, device
+
+
+def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
+    """`ValueError` for what this device cannot train: its precision, what would be added up in it, its memory."""
+    cfg = plan.config
+    precision, stage = hardware.resolve_precision(cfg.train.precision, device), cfg.deepspeed.stage
+    for phase in phases(cfg.train):
+        check_accumulation(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
+    if device.type == "cuda":
+        memory.check_fits(memory.counts(plan.model), stage, ranks.world_size, precision, hardware.memory_of(device))
 
 
 def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:

@@ -22,7 +22,8 @@ GPU_PEAK_BF16 = {
 }  # fmt: skip
 OTHER_FORMS = {"Laptop", "Max", "MIG", "Ti", "SUPER", "D"}  # words of cards that are less or more than their namesakes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a precision
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a precision
+PRECISIONS = ("bf16", "fp16", "fp32")
 PACKAGES = (
     "torch", "deepspeed", "numpy", "sentencepiece", "webdataset", "safetensors", "hydra-core", "wandb", "matplotlib",
 )  # fmt: skip
@@ -30,17 +31,32 @@ PACKAGES = (
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` -> bf16 where the device multiplies it in hardware, else fp32; anything else stays. `ValueError` for bf16
-    on a GPU that only emulates it.
+    on a GPU that only emulates it, and for fp16 on such a processor.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
-            raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has it in software only, several times "
-                             "slower than fp32: take fp32")  # fmt: skip
+            raise ValueError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has it in software only, "
+                             "several times slower than fp32: take fp16 or fp32")  # fmt: skip
         return ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
     if precision != "auto":
+        if precision == "fp16" and not _has_fp16():
+            raise ValueError("train.precision=fp16: this processor has it in software only: take bf16 or fp32")
         return precision
     return "bf16" if "avx512_bf16" in _cpuinfo() or "amx_bf16" in _cpuinfo() else "fp32"
+
+
+def _has_fp16() -> bool:
+    """Whether this processor multiplies fp16 in hardware, as DeepSpeed asks torch."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    except AttributeError:  # a torch without oneDNN
+        return False
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def set_deterministic(is_wanted: bool) -> None:

@@ -64,7 +64,7 @@ INSIDE = {
         "generate": set(), "vectors": set(),
     },
     "engine": {
-        "fragments": set(), "settings": set(), "engine": {"fragments"},
+        "fragments": set(), "settings": set(), "memory": {"settings"}, "engine": {"fragments"},
     },
     "checkpoint": {
         "tensors": set(), "manifest": {"tensors"}, "load": {"manifest"}, "save": {"manifest", "tensors"},
@@ -92,7 +92,7 @@ INSIDE = {
     },
 }  # fmt: skip
 SOLE_USERS = {
-    "deepspeed": {"engine.engine", "engine.fragments", "engine.settings"}, "wandb": {"report.wandb_run"},
+    "deepspeed": {"engine.engine", "engine.fragments"}, "wandb": {"report.wandb_run"},
     "omegaconf": {"config.compose"}, "hydra": {"config.compose"}, "tarfile": {"shards.tar"},
     "sentencepiece": {"tokenizer.sentencepiece"}, "tokenizers": {"tokenizer.huggingface"},
     "matplotlib": {"report.curves"}, "safetensors": {"checkpoint.tensors"}, "transformers": {"hub.reference"},

@@ -54,11 +54,24 @@ def test_emulated_bf16_is_none(monkeypatch):
     gpu = torch.device("cuda", 0)
     Card(monkeypatch, "Tesla V100-SXM2-16GB", has_bf16=False)
     assert hardware.resolve_precision("auto", gpu) == hardware.resolve_precision("fp32", gpu) == "fp32"
-    with pytest.raises(ValueError, match="bf16: Tesla V100-SXM2-16GB has it in software only, .*: take fp32"):
+    with pytest.raises(ValueError, match="bf16: Tesla V100-SXM2-16GB has it in software only, .*: take fp16 or fp32"):
         hardware.resolve_precision("bf16", gpu)
     Card(monkeypatch, "NVIDIA H200", has_bf16=True)
     assert hardware.resolve_precision("auto", gpu) == hardware.resolve_precision("bf16", gpu) == "bf16"
     assert hardware.peak_flops(gpu, "bf16") == (989e12, "NVIDIA H200: data sheet of H200, dense bf16")
+
+
+def test_fp16_is_for_hardware_that_has_it(monkeypatch):
+    Card(monkeypatch, "Tesla V100-SXM2-16GB", has_bf16=False)
+    assert hardware.resolve_precision("fp16", torch.device("cuda", 0)) == "fp16"
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda has_it=has_it: has_it)
+        if has_it:
+            assert hardware.resolve_precision("fp16", torch.device("cpu")) == "fp16"
+    with pytest.raises(
+        ValueError, match="train.precision=fp16: this processor has it in software only: take bf16 or fp"
+    ):
+        hardware.resolve_precision("fp16", torch.device("cpu"))
 
 
 def test_an_unknown_card_is_measured_and_said_so(monkeypatch):

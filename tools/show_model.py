@@ -5,18 +5,26 @@ the FLOPs of training on a token, and the bytes that each rank holds at each ZeR
 them.
 
     python tools/show_model.py model=llama_8b train.seq_len=8192 --ranks 64
+    python tools/show_model.py model=llama_8b train.seq_len=8192 --fit 8x80GB
     python tools/show_model.py model=llama_14m model.vocab_size=24576 model.layers=6
 
 """
 
 import argparse
 import json
+import math
+import re
+import sys
+from dataclasses import asdict
 from typing import Any
 
 from pretrain.cli import run_tool
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig
-from pretrain.model.heads import parameter_shapes, trained_parameters
+from pretrain.engine import memory
+from pretrain.engine.settings import BUCKET
+from pretrain.hardware import PRECISIONS
+from pretrain.model.heads import parameter_shapes
 from pretrain.model.transformer import flops_per_token
 
 EPILOG = """
@@ -26,17 +34,22 @@ the token embedding; one of its own counts).
 flops_per_token: forward and backward, 6 a matrix weight and 12 x layers x width x T for attention (windows count as
 full). A model that is not causal is trained by masked_lm: only objective.mask_rate of its tokens need logits.
 
-bytes, with AdamW as the trainer runs it:
-  weights    that the model computes with: 2 bytes each in bf16, 4 in fp32; ZeRO 3 shares them out
-  gradients  when a backward pass is done, 4 bytes each; ZeRO 2 and 3 share them out; in bf16, ZeRO 0 has 2 bytes each,
-             ZeRO 1 both
+bytes, with AdamW as the trainer runs it, gradients accumulated over micro-batches:
+  weights    that the model computes with: 2 bytes each in bf16 and fp16, 4 in fp32; ZeRO 3 shares them out
+  gradients  summed over the micro-batches in fp32, 4 bytes each; ZeRO 2 and 3 share them out; ZeRO 0 sums nothing up in
+             bf16, and has 2 bytes each
   optimizer  two moments, 8 bytes a weight, and the weights in fp32, 4 (not for ZeRO 0 in fp32, where the weights are);
              ZeRO 1, 2 and 3 share them out
-On top come activations, DeepSpeed's buffers, what ZeRO 3 gathers or keeps whole (small parameters) to compute, and
-while the optimizer works, when the activations are gone, often its part of the gradients once more in fp32.
+  extra      the most that comes on top within a step: activations of train.micro_batch_size rows of train.seq_len
+             tokens, buckets and copies that are reduced, parameters that ZeRO 3 gathers
+pretrain/engine/README.md has the formulas. What CUDA itself takes, 1 to 2 GB, is not counted.
+
+--fit CARDSxGB: of stages 1 to 3, first without activation checkpointing and then with it, the largest micro-batch that
+fits (a tenth of the card is kept for CUDA and for memory in pieces), and what is left. What stands first communicates
+and computes least. Labels count as if every token had one.
 """
 LOOKED_UP = ("trunk.embedding.", "trunk.positions.", "trunk.segments.")
-FP32 = 4
+KEPT_FREE = 0.1  # of a card: CUDA itself, libraries, memory in pieces
 ROOMY = "model.max_positions=1073741824"
 
 
@@ -45,13 +58,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="+", help="model=NAME, and changes to it")
     parser.add_argument("--ranks", type=int, default=8, help="GPUs that share a model (default: %(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: %(default)s")
+    parser.add_argument("--fit", metavar="CARDSxGB", help="what fits so many cards of so much memory, as 8x80GB")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     args = parser.parse_intermixed_args(argv)
     if args.ranks < 1:
         parser.error("--ranks counts from 1")
-    facts = describe(configure(args.overrides), args.ranks, args.precision)
-    print(json.dumps(facts, indent=1) if args.json else in_words(facts))
+    config = configure(args.overrides)
+    if args.fit:
+        print("measuring activations on tensors without memory (10 to 40 s)", file=sys.stderr)
+        facts = fit(config, *cards(args.fit), args.precision)
+        words = fit_in_words(facts)
+    else:
+        facts = describe(config, args.ranks, args.precision)
+        words = in_words(facts)
+    print(json.dumps(facts, indent=1) if args.json else words)
 
 
 def configure(overrides: list[str]) -> Config:
@@ -74,9 +95,12 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
     """Everything that is shown, as plain numbers."""
     model, seq_len = config.model, config.train.seq_len
     shapes = parameter_shapes(model)
-    counts = {name: count(shape) for name, shape in shapes.items()}
-    parameters, predicted = sum(counts.values()), 1.0 if model.causal else config.objective.mask_rate
-    trained = sum(counts[name] for name in trained_parameters(model))
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
+    predicted = 1.0 if model.causal else config.objective.mask_rate
+    parameters, trained = memory.counts(model)
+    rows, checkpointing = config.train.micro_batch_size, config.train.activation_checkpointing
+    activations = memory.activations(model, rows, seq_len, precision, checkpointing)
+    bucket = config.deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
     return {
         "parameters": parameters,
         "trained_parameters": trained,
@@ -87,37 +111,57 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
         "ranks": ranks,
         "precision": precision,
         "bytes_per_rank": {
-            f"zero{stage}": bytes_per_rank(parameters, trained, stage, ranks, precision) for stage in range(4)
+            f"zero{stage}": asdict(found) | {"peak": found.peak}
+            for stage in range(4)
+            for found in [memory.footprint(parameters, trained, stage, ranks, precision, activations, bucket)]
         },
+        "micro_batch_size": rows,
+        "activation_checkpointing": checkpointing,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "tied": tied(model),
     }
 
 
-def bytes_per_rank(parameters: int, trained: int, stage: int, ranks: int, precision: str) -> dict[str, int]:
-    """What a rank holds of a model under ZeRO (Rajbhandari et al., 2020) as `deepspeed_config` sets it up."""
-    part, low = -(-trained // ranks), 2 if precision == "bf16" else FP32
-    in_both = low + FP32 if low < FP32 else FP32
-    gradients = {0: low * trained, 1: in_both * trained, 2: FP32 * part, 3: FP32 * part}
-    copy = FP32 if stage or low < FP32 else 0
-    found = {
-        "weights": low * (-(-parameters // ranks) if stage == 3 else parameters),
-        "gradients": gradients[stage],
-        "optimizer": (2 * FP32 + copy) * (part if stage else trained),
-    }
-    return found | {"sum": sum(found.values())}
+def cards(text: str) -> tuple[int, int]:
+    """`8x80GB` -> (8 cards, bytes of each)."""
+    found = re.fullmatch(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*GB", text, re.IGNORECASE)
+    if not found or not int(found[1]):
+        raise ValueError(f"--fit {text} is no number of cards and their memory: write it as 8x80GB")
+    return int(found[1]), int(float(found[2]) * 1e9)
+
+
+def fit(config: Config, ranks: int, card_bytes: int, precision: str) -> dict[str, Any]:
+    """What fits the cards, and what would be needed where nothing does."""
+    room, length, counts = int(card_bytes * (1 - KEPT_FREE)), config.train.seq_len, memory.counts(config.model)
+    fits = list(memory.fitting(config.model, counts, ranks, room, length, precision))
+    least = min(memory.footprint(*counts, stage, ranks, precision).peak for stage in (1, 2, 3))
+    return {"ranks": ranks, "card_bytes": card_bytes, "usable_bytes": room, "precision": precision, "seq_len": length,
+            "parameters": counts[0], "fits": fits, "least_bytes": least}  # fmt: skip
+
+
+def fit_in_words(facts: dict[str, Any]) -> str:
+    number = "1 card" if facts["ranks"] == 1 else f"{facts['ranks']} cards"
+    head = (
+        f"{facts['parameters']:,} parameters in {facts['precision']}, {facts['seq_len']:,} tokens a row, on {number} "
+        f"of {facts['card_bytes'] / 1e9:g} GB, of which {facts['usable_bytes'] / 1e9:g} are used"
+    )
+    if not facts["fits"]:
+        return (f"{head}\nnothing fits: {facts['least_bytes'] / 1e9:.1f} GB on each are needed before any activation. "
+                "More cards, a shorter train.seq_len or a smaller model would.")  # fmt: skip
+    lines = [head, f"{'':16}{'checkpointing':>14}{'micro-batch':>13}{'GB a rank':>11}{'GB left':>9}"]
+    for found in facts["fits"]:
+        checkpointing = "yes" if found["activation_checkpointing"] else "no"
+        lines.append(f"deepspeed=zero{found['stage']} {checkpointing:>14}{found['micro_batch_size']:>13}"
+                     f"{found['bytes'] / 1e9:>11.1f}{found['left'] / 1e9:>9.1f}")  # fmt: skip
+    first = facts["fits"][0]
+    keys = [f"deepspeed=zero{first['stage']}", f"train.micro_batch_size={first['micro_batch_size']}"]
+    keys += ["train.activation_checkpointing=true"] if first["activation_checkpointing"] else []
+    return "\n".join([*lines, f"take {' '.join(keys)}"])
 
 
 def tied(model: ModelConfig) -> dict[str, str]:
     """Parameters that are another one, by name."""
     return {"head.weight": "trunk.embedding.weight"} if model.head == "lm" and model.tied_embeddings else {}
-
-
-def count(shape: list[int] | tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def in_words(facts: dict[str, Any]) -> str:
@@ -134,8 +178,9 @@ def in_words(facts: dict[str, Any]) -> str:
         *lora,
         f"flops_per_token           {facts['flops_per_token']:>16,.0f}   ({facts['seq_len']:,} tokens a row{share})",
         "",
-        f"GB a rank, {facts['ranks']} ranks, {facts['precision']}",
-        f"{'':8}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'sum':>12}",
+        f"GB a rank, {facts['ranks']} ranks, {facts['precision']}, {facts['micro_batch_size']} rows at a time, "
+        f"activation checkpointing {'on' if facts['activation_checkpointing'] else 'off'}",
+        f"{'':8}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'extra':>12}{'peak':>12}",
     ]
     for stage, sizes in facts["bytes_per_rank"].items():
         lines.append(f"{stage:8}" + "".join(f"{size / 1e9:12.3f}" for size in sizes.values()))

@@ -26,7 +26,7 @@ READS = {  # what a task, or a method, reads of those settings that not all of t
 TASKS = tuple(READS["task"])
 CHOICES = {
     "resume": ("auto", "never"),
-    "train.precision": ("auto", "bf16", "fp32"),
+    "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
     "model.norm": ("rmsnorm", "layernorm"),

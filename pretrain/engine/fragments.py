@@ -169,6 +169,8 @@ class Sharded(Layout):
             yield Fragment(name, WEIGHT, offset, tuple(parameter.ds_shape), parameter.ds_tensor.data[:owned])
 
     def refresh_weights(self) -> None:
+        for parameter in self.parameters.values():  # the copies within a node (hpz) are gathered from the parts again
+            parameter.ds_secondary_tensor = None
         persistent = self.optimizer.persistent_parameters  # small ones, that DeepSpeed keeps whole on each rank
         if persistent:
             persistent[0].partition(persistent)

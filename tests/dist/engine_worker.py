@@ -69,12 +69,16 @@ def config_of(stage: int, part: str) -> Config:
     return compose.compose("pretrain", [*overrides, f"deepspeed=zero{stage}", *PARTS[part][0]])
 
 
-def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all") -> Engine:
+def build(
+    stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all", extra=None
+) -> Engine:  # fmt: skip
     cfg = config_of(stage, part)
+    if is_in_one_go(stage, precision):
+        micro = BATCH // ranks.world_size
     train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
     accumulation = accumulation_steps(train_config, ranks.world_size)
-    settings = deepspeed_config(cfg.deepspeed, BATCH, micro, accumulation, clip, precision)
-
+    deepspeed = replace(cfg.deepspeed, extra=extra or {})
+    settings = deepspeed_config(deepspeed, BATCH, micro, accumulation, clip, precision)
     optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
 
     def new_model() -> torch.nn.Module:
@@ -87,6 +91,11 @@ def build(stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1
     fill_engine(built, initial_values(cfg.model))
     built.micro, built.model_config, built.optim_config = micro, cfg.model, optim_config
     return built
+
+
+def is_in_one_go(stage: int, precision: str) -> bool:
+    """Stage 0 would add up the gradients of micro-batches in this precision."""
+    return stage == 0 and precision != "fp32"
 
 
 def loss_rows(model, inputs, labels, documents=None):
@@ -108,13 +117,13 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
     groups = optim.parameter_groups(model.named_parameters(), built.optim_config.weight_decay)
     torch_optimizer = optim.build(built.optim_config, groups)
     found, expected = [], []
-    micro = 2 // ranks.world_size
     for rows in (8, 4, 16):
+        micro = (rows if is_in_one_go(stage, precision) else 2) // ranks.world_size
         batch = {name: part[:rows] for name, part in everything.items()}
         targets = int((batch["labels"] != IGNORE).sum())
         mine = micro_batches(batch, micro, ranks)
         found.append(built.step(mine, targets, 1e-2)[0])
-        assert len(mine) == rows // 2
+        assert len(mine) == rows // ranks.world_size // micro
         for group in torch_optimizer.param_groups:
             group["lr"] = 1e-2
         torch_optimizer.zero_grad()
@@ -145,7 +154,7 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     expected = (loss_rows(model, inputs, labels).sum() / 4).item()
     found = []
     for its_labels in (labels, torch.full_like(labels, IGNORE), labels):
-        mine = micro_batches({"inputs": inputs, "labels": its_labels}, 2, ranks)
+        mine = micro_batches({"inputs": inputs, "labels": its_labels}, built.micro, ranks)
         found.append(built.step(mine, int((its_labels != IGNORE).sum()), 1e-2))
     return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 

@@ -1,70 +1,70 @@
 """Run under torchrun by test_show_model.py: the bytes that a rank's engine really holds, for each stage, as JSON.
 
-torchrun --nproc-per-node 2 tests/dist/memory_worker.py OUT.json
+torchrun --nproc-per-node 2 tests/dist/memory_worker.py fp32-0,bf16-3 KEY=VALUE ... OUT.json
+
+The bytes are those of torch's tensors that live, each memory counted once, and beside them what the process has
+resident: torch's profiler does not see what gloo's threads free.
 """
 
+import ctypes
 import gc
 import json
 import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from pretrain import dist
 from pretrain.config import compose
 from pretrain.engine.engine import Engine
+from pretrain.engine.memory import Live
 from pretrain.engine.settings import deepspeed_config
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
-from tests.models import fill_engine, initial_values
 
-MODEL = ["model=llama_tiny", "model.layers=6", "model.vocab_size=64"]  # no parameter is much of it
-BUCKETS = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # or they would be most of the memory
+ROWS, LENGTH = 1, 16
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
-def main(out: Path) -> None:
-    warnings.filterwarnings("ignore")  # the garbage collector's list holds names that torch is giving up
+def main(cases: str, *overrides: str, out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    found = {f"{precision}-{stage}": held(stage, precision, ranks, device)
-             for precision in ("fp32", "bf16") for stage in range(4)}  # fmt: skip
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is not resident any more
+    get_accelerator().is_fp16_supported = lambda: True  # slowly: torch computes it on any processor
+    found = {}
+    for case in cases.split(","):
+        gc.collect()
+        found[case] = held(*case.split("-"), overrides, ranks, device)
     everyones = dist.all_gather_objects(found)
     if ranks.is_main:
         out.write_text(json.dumps(everyones))
     dist.finish(0)
 
 
-def held(stage: int, precision: str, ranks, device) -> dict:
-    """Bytes of weights and optimizer, and of all that lives when a backward pass is done, with gradients."""
-    gc.collect()
-    before = set(storages())
-    cfg = compose.compose("pretrain", ["run.name=x", *MODEL, f"deepspeed=zero{stage}"])
-    kept_whole = {"param_persistence_threshold": 0} if stage == 3 else {}
-    config = replace(cfg.deepspeed, extra={"zero_optimization": BUCKETS | kept_whole} if stage else {})
-    settings = deepspeed_config(config, 4 * ranks.world_size, 2, 2, 1.0, precision)
-    built = Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
-    fill_engine(built, initial_values(cfg.model))
-    parts = [dict.fromkeys(("inputs", "labels"), torch.randint(0, 64, (2, 8))) for _ in range(2)]
-    most = 0
-
-    real_step = built.engine.step
-
-    def step(*args, **kwargs):
-        nonlocal most
-        gc.collect()
-        most = max(most, sum(size for place, size in storages().items() if place not in before))
-        return real_step(*args, **kwargs)
-
-    built.engine.step = step
-    built.step(parts, 32, 1e-3)
-    parameters = [p.ds_tensor if stage == 3 else p for p in built.parameters.values()]
+def held(precision: str, stage: str, overrides: tuple[str, ...], ranks, device) -> dict:
+    """Of two steps, of which the second finds everything in place: the bytes of weights, optimizer, and of all."""
+    cfg = compose.compose("pretrain", ["run.name=x", *overrides, f"deepspeed=zero{stage}"])
+    accumulation = 1 if precision != "fp32" and stage == "0" else 2
+    settings = deepspeed_config(
+        cfg.deepspeed, ROWS * accumulation * ranks.world_size, ROWS, accumulation, 1.0, precision
+    )
+    resident = resident_bytes()
+    with Live() as live:
+        built = Engine(lambda: build_model(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
+        tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
+        parts = [{"inputs": tokens, "labels": tokens}] * accumulation
+        built.step(parts, tokens.numel() * accumulation, 1e-3)
+        live.most = live.now
+        Path("/proc/self/clear_refs").write_text("5")  # the most resident from here on
+        built.step(parts, tokens.numel() * accumulation, 1e-3)
+    parameters = [p.ds_tensor if stage == "3" else p for p in built.parameters.values()]
     weights = dict(map(storage, parameters))
     optimizer = dict(storage(fragment.values) for fragment in built.layout.fragments())
     return {
-        "weights": sum(weights.values()), "sum": most,
+        "weights": sum(weights.values()), "peak": live.most, "resident": resident_bytes("VmHWM") - resident,
         "optimizer": sum(n for place, n in optimizer.items() if place not in weights),
+        "class": type(built.layout.optimizer).__name__,
     }  # fmt: skip
 
 
@@ -73,15 +73,10 @@ def storage(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
-def storages() -> dict[int, int]:
-    """The memory of all floating-point tensors that live, gradients included."""
-    found = {}
-    for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and item.is_floating_point() and item.device.type == "cpu":
-            gradient = item.grad if item.is_leaf else None
-            found |= dict(storage(tensor) for tensor in (item, gradient) if tensor is not None)
-    return found
+def resident_bytes(kind: str = "VmRSS") -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:-1], out=Path(sys.argv[-1]))

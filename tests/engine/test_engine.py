@@ -5,9 +5,6 @@ from collections import defaultdict
 
 import pytest
 
-from pretrain.config import compose
-from pretrain.engine.settings import deepspeed_config
-
 
 @pytest.fixture(scope="module")
 def results(worker):
@@ -128,18 +125,3 @@ def test_what_does_not_learn_stays_and_moves_between_stages(results, ranks, part
         assert written_once(found, "weight") == set(found["shapes"]) > LEARNING[part]
         for kind in ("exp_avg", "exp_avg_sq"):
             assert written_once(found, kind) == LEARNING[part]
-
-
-def test_extra_settings_are_checked_against_deepspeeds_own():
-    def with_extra(extra):
-        cfg = compose.compose("pretrain", ["run.name=x", f"++deepspeed.extra={extra}"]).deepspeed
-        return deepspeed_config(cfg, 8, 2, 2, 1.0, "fp32")
-
-    settings = with_extra("{zero_optimization: {overlap_comm: false}}")
-    assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": False}
-    with pytest.raises(ValueError, match="deepspeed.extra.zero_optimisation"):
-        with_extra("{zero_optimisation: {}}")
-    with pytest.raises(ValueError, match="zero_optimization.overlap_com:"):
-        with_extra("{zero_optimization: {overlap_com: true}}")
-    with pytest.raises(ValueError, match="deepspeed=zero0"):
-        with_extra("{zero_optimization: {stage: 3}}")
