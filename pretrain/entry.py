@@ -33,7 +33,7 @@ from pretrain.guard import Guard
 from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
-from pretrain.model.initial import initial_value
+from pretrain.model.initial import fill_initial
 from pretrain.plan import Plan, check_sample, facts_of_data, notes, reasons, what_would_run, writes_sample
 from pretrain.report import page
 from pretrain.report.log import Log
@@ -295,8 +295,7 @@ def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
         if weights and fragment.name not in plan.new_parameters:
             fragment.values.copy_(weights.read_range(fragment.name, fragment.offset, fragment.values.numel()))
         else:
-            full = initial_value(fragment.name, fragment.shape, plan.model, plan.config.seed).view(-1)
-            fragment.values.copy_(full[fragment.offset : fragment.offset + fragment.values.numel()])
+            fill_initial(fragment.values, fragment.offset, fragment.name, fragment.shape, plan.model, plan.config.seed)
     trainer.layout.refresh(0)
     return 0
 

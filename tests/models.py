@@ -12,11 +12,18 @@ from pretrain.config.schema import ModelConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.model.heads import build_model, parameter_shapes
-from pretrain.model.initial import initial_value
+from pretrain.model.initial import fill_initial
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32", "model.max_positions=48"]
 LENGTHS = (3, 11, 1, 7, 7, 20)
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+    """The initial value of a whole parameter."""
+    value = torch.empty(shape)
+    fill_initial(value.view(-1), 0, name, shape, config, seed)
+    return value
 
 
 def initial_values(config: ModelConfig, scale: float = 1, seed: int = 0) -> Read:

@@ -25,9 +25,10 @@ from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
 from pretrain.model import losses
 from pretrain.model.heads import build_model
+from pretrain.model.initial import fill_initial
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.stream.objectives import IGNORE
-from tests.models import fill_engine, filled_model, initial_values
+from tests.models import filled_model, initial_values
 
 VOCAB, BATCH, LENGTH = 211, 8, 24
 GENERATOR = torch.Generator().manual_seed(0)
@@ -88,7 +89,10 @@ def build(
         return model
 
     built = Engine(new_model, loss_rows, settings, optim_config, ranks, device)
-    fill_engine(built, initial_values(cfg.model))
+    for f in built.layout.fragments():
+        if f.kind == WEIGHT:
+            fill_initial(f.values, f.offset, f.name, f.shape, cfg.model, 0)
+    built.layout.refresh(0)
     built.micro, built.model_config, built.optim_config = micro, cfg.model, optim_config
     return built
 

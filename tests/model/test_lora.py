@@ -9,9 +9,8 @@ import torch
 from pretrain.config import compose
 from pretrain.hub import families
 from pretrain.model.heads import parameter_shapes, trained_parameters
-from pretrain.model.initial import initial_value
 from pretrain.model.lora import LoRALinear, merged, without_lora
-from tests.models import model_with
+from tests.models import initial_value, model_with
 
 SMALL = ["run.name=x", "train.seq_len=32", "model.layers=2", "model.width=24", "model.heads=4", "model.ffn_width=40",
          "model.vocab_size=97", "model.max_positions=64", "model.dropout=0"]  # fmt: skip

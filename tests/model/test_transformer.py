@@ -11,11 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from pretrain.config import compose
 from pretrain.model.attention import plain, same_document, sdpa
 from pretrain.model.heads import parameter_shapes
-from pretrain.model.initial import initial_value
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.model.positions import places_in_documents, rotations, sinusoids
 from pretrain.model.transformer import flops_per_token, has_window
-from tests.models import filled_model
+from tests.models import filled_model, initial_value
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32"]
 
