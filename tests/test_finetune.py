@@ -20,7 +20,6 @@ from pretrain.config import compose
 from pretrain.config.schema import Config
 from pretrain.examples.tables import read_table
 from pretrain.hub import convert
-from pretrain.model.heads import build_model
 from pretrain.plan import Plan, notes
 from pretrain.predict import Predictor
 from pretrain.report.page import MISTAKES as MISTAKES_SHOWN
@@ -28,7 +27,7 @@ from pretrain.report.page import _cut
 from pretrain.report.theme import words
 from pretrain.stream.objectives import IGNORE
 from tests.journals import events, journal, rows_of
-from tests.models import write_weights
+from tests.models import filled_model, write_weights
 from tests.task_data import write_examples
 from tools import generate
 
@@ -453,7 +452,7 @@ def test_balanced_weights_make_rare_labels_count_as_much(check):
     rows = GOOD + [{"text": "c", "label": "x"}] * 2
     plan = check("classification", "task.class_weights=balanced", train=rows, val=GOOD)
     batch = {name: torch.from_numpy(part) for name, part in plan.collate(plan.stream.rows(np.arange(4))).items()}
-    model = build_model(plan.model).eval()
+    model = filled_model(plan.model).eval()
     weighted = plan.loss_rows(model, **batch)
     plain = check("classification", train=rows, val=GOOD).loss_rows(model, **batch)
     expected = torch.where(batch["labels"] == 0, 4 / (2 * 3), 4 / (2 * 1))

@@ -1,7 +1,7 @@
 """One training step under DeepSpeed ZeRO, whatever the split into ranks, micro-batches and accumulation steps."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -16,6 +16,18 @@ from pretrain.stream.order import hash_key
 
 MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
 LossRows = Callable[..., torch.Tensor]
+
+
+@contextmanager
+def placed(device: torch.device, settings: dict) -> Iterator[None]:
+    """Modules are made where they live and in the precision that they compute in, not in fp32 on the host first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Engine:
@@ -40,8 +52,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         self.stage = settings["zero_optimization"]["stage"]
         self.world_size, self.rank, self.device, self.loss_rows = ranks.world_size, ranks.rank, device, loss_rows
-        sharded = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else nullcontext()
-        with sharded:
+        with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else placed(device, settings):
             model = build_model()
         groups = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay, lr_scale)
         self.engine, optimizer, _, _ = deepspeed.initialize(

@@ -3,9 +3,12 @@
 Shapes: B batch, T time, D model width, V vocabulary, L labels. Padding is where `documents` [B, T] is -1.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pretrain.config.schema import ModelConfig
 from pretrain.model.lora import freeze
@@ -138,11 +141,21 @@ HEADS = {
 }  # fmt: skip
 
 
+class Unfilled(TorchFunctionMode):
+    """What `torch.nn.init` would fill stays as it is: modules draw random weights that nobody wants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build_model(config: ModelConfig, activation_checkpointing: bool = False) -> nn.Module:
-    """The model that `config.head` says, its weights still to be filled in. With `config.lora_rank` only the adapters
-    are to be trained, and the head of a task.
+    """The model that `config.head` says, its weights still to be filled in: what they are now is what was in their
+    memory. With `config.lora_rank` only the adapters are to be trained, and the head of a task.
     """
-    model = HEADS[config.head](config, activation_checkpointing)
+    with Unfilled():
+        model = HEADS[config.head](config, activation_checkpointing)
     if config.lora_rank:
         freeze(model, config.head)
     return model

@@ -5,12 +5,15 @@ torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
 
 import functools
 import json
+import math
 import sys
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +22,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.config import compose
-from pretrain.config.schema import Config, accumulation_steps
+from pretrain.config.schema import Config, ModelConfig, accumulation_steps
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
@@ -45,13 +48,15 @@ DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 def main(out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
-    results = {"stages": {}, "splits": {}, "moves": {}, "counts": {}, "few": {}, "parts": {}, "watched": {}}
+    kinds = ("stages", "splits", "moves", "counts", "few", "parts", "watched", "made")
+    results = {kind: {} for kind in kinds}
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
             results["stages"][f"{precision}-{stage}"] = train(build(stage, precision, 2, ranks, device), ranks, 6)
             results["counts"][f"{precision}-{stage}"] = other_counts(stage, precision, ranks, device)
             results["few"][f"{precision}-{stage}"] = few_targets(stage, precision, ranks, device)
             results["watched"][f"{precision}-{stage}"] = watched(stage, precision, ranks, device)
+            results["made"][f"{precision}-{stage}"] = made(stage, precision, ranks, device)
             for part in ("lora", "head") if precision == "fp32" else ("lora",):
                 results["parts"][f"{part}-{precision}-{stage}"] = train_part(part, stage, precision, out, ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
@@ -71,7 +76,8 @@ def config_of(stage: int, part: str) -> Config:
 
 
 def build(
-    stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all", extra=None
+    stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all", extra=None,
+    models_of=build_model,
 ) -> Engine:  # fmt: skip
     cfg = config_of(stage, part)
     if is_in_one_go(stage, precision):
@@ -83,7 +89,7 @@ def build(
     optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
 
     def new_model() -> torch.nn.Module:
-        model = build_model(cfg.model)
+        model = models_of(cfg.model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(PARTS[part][1](name))
         return model
@@ -205,6 +211,24 @@ def watched(stage: int, precision: str, ranks, device) -> dict:
     finally:
         accelerator.synchronize = before
     return {"reduced": sorted(watch.reduced), "waits": len(waits)}
+
+
+def made(stage: int, precision: str, ranks, device) -> dict:
+    """Of the start of an engine: whether torch drew anything, and the most bytes that the model took as it was made."""
+    sizes, drawn_before = {}, torch.get_rng_state()
+
+    def watched_model(config: ModelConfig) -> torch.nn.Module:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model = build_model(config)
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes["most"] = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+        sizes["types"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
+        return model
+
+    built = build(stage, precision, 2, ranks, device, models_of=watched_model)
+    shapes = [math.prod(getattr(p, "ds_shape", p.shape)) for p in built.parameters.values()]
+    same = torch.equal(drawn_before, torch.get_rng_state())
+    return sizes | {"elements": sum(shapes), "largest": max(shapes), "drew": not same}
 
 
 def gradient(micro: int, ranks, device) -> dict:

@@ -78,6 +78,18 @@ def test_gradients_are_averaged_in_fp32_and_nothing_waits_for_the_device(results
     assert "torch.float32" in found["reduced"] and found["waits"] == 0
 
 
+@pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
+def test_a_model_is_made_where_it_lives_and_torch_draws_nothing(results, case):
+    """In the precision that it computes in; at stage 3 a module at a time, of which this rank keeps its part."""
+    found, size = results[2]["made"][case], 4 if "fp32" in case else 2
+    assert not found["drew"]
+    assert found["types"] == ["torch.float32" if "fp32" in case else "torch.bfloat16"]
+    if case[-1] == "3":  # DeepSpeed turns a tensor of fp32 into one of the precision, and partitions it
+        assert found["most"] <= size * found["elements"] / 2 + (4 + 2 * size) * found["largest"]
+    else:  # the output matrix is made before it is tied to the embedding
+        assert found["most"] <= size * (found["elements"] + found["largest"])
+
+
 def written_once(found: dict, kind: str) -> set[str]:
     """The parameters of which every element of a kind is written, and by one rank."""
     pieces = defaultdict(list)

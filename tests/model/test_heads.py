@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from pretrain.config import compose  # noqa: E402
 from pretrain.config.checks import check_model  # noqa: E402
 from pretrain.hub import families, sentences  # noqa: E402
-from pretrain.model.heads import build_model, parameter_shapes, pooled  # noqa: E402
+from pretrain.model.heads import HEADS, build_model, parameter_shapes, pooled  # noqa: E402
 from pretrain.model.losses import cross_entropy_rows, label_rows, multi_label_rows, span_rows  # noqa: E402
 from tests.hub.test_families import IN_FP32, TUNED, batch, into_ours, scramble  # noqa: E402
 
@@ -227,3 +227,10 @@ def test_heads_that_make_no_sense_are_named(changes, message):
     base = compose.compose("pretrain", ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=8"])
     with pytest.raises(ValueError, match=message):
         check_model(replace(base.model, **changes))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_torch_draws_nothing_while_a_model_is_made(head):
+    before = torch.get_rng_state()
+    build_model(tiny(head, labels=3))
+    assert torch.equal(before, torch.get_rng_state())

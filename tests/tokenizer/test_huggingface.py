@@ -22,7 +22,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pretrain.config import compose  # noqa: E402
 from pretrain.inference import generate  # noqa: E402
-from pretrain.model.heads import build_model  # noqa: E402
 from pretrain.shards import manifest as manifests  # noqa: E402
 from pretrain.shards.remote import CacheSettings  # noqa: E402
 from pretrain.stream.stream import Stream  # noqa: E402
@@ -32,6 +31,7 @@ from pretrain.tokenizer.tokenizer import TRICKY_TEXTS, Tokenizer, load_tokenizer
 from tests.data_helpers import spans_by_bytes  # noqa: E402
 from tests.forked import ROOT  # noqa: E402
 from tests.http_store import serve  # noqa: E402
+from tests.models import filled_model  # noqa: E402
 from tests.tools.test_write_shards import documents  # noqa: E402
 from tools import show_batches, verify_shards, write_shards  # noqa: E402
 
@@ -530,7 +530,7 @@ def test_damage_is_named_and_the_index_is_written_anew(folders, written, kind, t
 def test_text_is_generated_from_nothing_and_spaces_survive(folders, kind):
     tokenizer: Tokenizer = load_tokenizer(folders[kind])
     overrides = ["run.name=x", "model=llama_tiny", f"model.vocab_size={tokenizer.vocab_size}", "train.seq_len=32"]
-    model = build_model(compose.compose("pretrain", overrides).model).eval()
+    model = filled_model(compose.compose("pretrain", overrides).model, 5).eval()
     prompt = "a word"
     ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
     sampling = generate.Sampling(temperature=1.0, seed=1)
