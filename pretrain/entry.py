@@ -157,6 +157,8 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     weights, new = convert.open_model(Path(cfg.init), model), {}
     if isinstance(weights, Weights):
         load.verify(weights.checkpoint, ranks)
+    elif ranks.is_main:
+        weights.check_copies()
     for name, shape in parameter_shapes(model).items():
         found = weights.shapes.get(name)
         if found == shape:

@@ -80,6 +80,10 @@ class TensorFile:
         """[start, end) of a tensor's first dimension, as it is stored."""
         return self._file.get_slice(name)[start:end]
 
+    def read_columns(self, name: str, start: int, end: int) -> torch.Tensor:
+        """[start, end) of a matrix's columns, as it is stored."""
+        return self._file.get_slice(name)[:, start:end]
+
 
 class TensorFolder:
     """The tensors of a Hugging Face folder: `model.safetensors`, or shards and their index."""
@@ -100,6 +104,12 @@ class TensorFolder:
 
     def read(self, name: str) -> torch.Tensor:
         return self._home[name].read(name)
+
+    def read_range(self, name: str, start: int, end: int) -> torch.Tensor:
+        return self._home[name].read_range(name, start, end)
+
+    def read_columns(self, name: str, start: int, end: int) -> torch.Tensor:
+        return self._home[name].read_columns(name, start, end)
 
 
 def _files_of(folder: Path) -> list[Path]:

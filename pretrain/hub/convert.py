@@ -55,6 +55,8 @@ def load_model(path: Path) -> torch.nn.Module:
     weights = open_model(path)
     if isinstance(weights, Weights):
         load.verify(weights.checkpoint)
+    else:
+        weights.check_copies()
     return filled_model(weights.config, weights.read)
 
 
@@ -65,6 +67,7 @@ def import_hf(folder: Path, output: Path, ignore: Collection[str] = (), check: b
     this program part; then nothing is written.
     """
     source = open_source(Path(folder), ignore)
+    source.check_copies()
     size = sum(4 * torch.Size(shape).numel() for shape in parameter_shapes(source.config).values())
     with staged(Path(output)) as staging:
         hashes = {}

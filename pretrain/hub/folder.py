@@ -54,11 +54,7 @@ class Source:
         kept, ours = self._last.get(len(tensor.shape), ("", ()))
         if kept != tensor.name:
             self._last.pop(len(tensor.shape), None)
-            theirs = self.tensors.read(self.found[tensor.name])
-            if not theirs.isfinite().all():
-                raise ValueError(f"{self.found[tensor.name]} has values that are not finite numbers: the model is "
-                                 "damaged")  # fmt: skip
-            ours = tensor.from_hf(theirs)
+            ours = tensor.from_hf(_finite(self.found[tensor.name], self.tensors.read(self.found[tensor.name])))
             self._last[len(tensor.shape)] = tensor.name, ours
         return ours[tensor.ours.index(name)]
 
@@ -85,13 +81,32 @@ class Source:
         return replace(self, listed=[*trunk, *tops.values()], found=found)
 
     def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
-        """[offset, offset + numel) of the flat parameter; all of it is read, of parts in turn once."""
-        return self.read(name).reshape(-1)[offset : offset + numel]
+        """[offset, offset + numel) of the flat parameter, not to be written to; no other rows of it are read."""
+        tensor, row = self._home[name], torch.Size(self.shapes[name][1:]).numel()
+        above = tensor.rows_in_front + sum(tensor.rows[: tensor.ours.index(name)])
+        first, last = offset // row, -(-(offset + numel) // row)
+        read = self.tensors.read_columns if tensor.transposed else self.tensors.read_range
+        theirs = _finite(self.found[tensor.name], read(self.found[tensor.name], above + first, above + last))
+        rows = theirs.t() if tensor.transposed else theirs
+        return rows.reshape(-1)[offset - first * row :][:numel].float()
+
+    def check_copies(self) -> None:
+        """`ValueError` where a tensor is not what config.json says that it repeats."""
+        for copy in (leftover for leftover in self.leftovers if leftover.copy_of):
+            if not torch.equal(self.tensors.read(copy.name), self.tensors.read(copy.copy_of)):
+                raise ValueError(f"{self.folder}: {copy.name} differs from {copy.copy_of}, and config.json says that "
+                                 "they are one (tie_word_embeddings): the two do not belong together")  # fmt: skip
 
     def files(self) -> list[Path]:
         names = ("config.json", *TOKENIZER_FILES)
         others = [self.folder / name for name in names if (self.folder / name).is_file()]
         return others + [file.path for file in self.tensors.files]
+
+
+def _finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite numbers: the model is damaged")
+    return values
 
 
 def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
@@ -110,10 +125,6 @@ def open_source(folder: Path, ignore: Collection[str] = ()) -> Source:
               if (dtype := tensors.dtype(name)) not in READABLE]  # fmt: skip
     if wrong:
         raise ValueError(f"{folder}: {'; '.join(wrong[:4])}" + f"; {len(wrong) - 4} more" * (len(wrong) > 4))
-    for leftover in leftovers:
-        if leftover.copy_of and not torch.equal(tensors.read(leftover.name), tensors.read(leftover.copy_of)):
-            raise ValueError(f"{folder}: {leftover.name} differs from {leftover.copy_of}, and config.json says that "
-                             "they are one (tie_word_embeddings): the two do not belong together")  # fmt: skip
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config)
     architecture = (hf.get("architectures") or [hf["model_type"]])[0]

@@ -1,8 +1,10 @@
 """Models to and from Hugging Face's folders: proven equal, or refused in words with nothing left behind."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -300,11 +302,39 @@ def test_the_parts_of_a_tensor_are_read_once(shards, transformers_here, monkeypa
     found, read, right = convert.open_model(tmp_path / "hf"), [], TensorFolder.read
     monkeypatch.setattr(TensorFolder, "read", lambda folder, name: read.append(name) or right(folder, name))
     ours = Weights(tmp_path / "run")
-    for name, shape in found.shapes.items():
-        half = torch.Size(shape).numel() // 2
-        parts = [found.read_range(name, 0, half), found.read_range(name, half, half)]
-        assert torch.equal(torch.cat(parts), ours.read(name).reshape(-1))
+    for name in found.shapes:
+        assert torch.equal(found.read(name), ours.read(name))
     assert len(read) == len(set(read)) < len(found.shapes)
+    for name, shape in found.shapes.items():
+        count = torch.Size(shape).numel()
+        ends = [0, count // 5, count // 2 + 1, count]
+        parts = [found.read_range(name, start, end - start) for start, end in itertools.pairwise(ends)]
+        assert torch.equal(torch.cat(parts), ours.read(name).reshape(-1))
+
+
+def mapped_bytes(name: str) -> int:
+    """How much of the files of this name is mapped into this process: what was read of them, in pages."""
+    total, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            is_ours = line.endswith(name)
+        elif is_ours and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_rank_reads_no_more_of_a_folder_than_it_owns(tied, shards, transformers_here, tmp_path):
+    tokenizer = load_tokenizer(shards)
+    config = model("model=llama_tiny", f"model.tied_embeddings={tied}", "model.width=512", vocab_size=9000)
+    convert.export_hf(write_run(tmp_path / "run", config, tokenizer), tmp_path / "hf", dtype="bf16")
+    found, before = convert.open_model(tmp_path / "hf", config), mapped_bytes("hf/model.safetensors")
+    for name, shape in found.shapes.items():  # the last of four ranks
+        part = torch.Size(shape).numel() // 4
+        found.read_range(name, 3 * part, part)
+    read, size = mapped_bytes("hf/model.safetensors") - before, (tmp_path / "hf/model.safetensors").stat().st_size
+    around = 2 * len(found.shapes) << 16  # the kernel maps 64 KiB at a time
+    assert 0.9 * size / 4 < read < size / 4 + around < size / 2
 
 
 FAMILIES = {
