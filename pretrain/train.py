@@ -27,10 +27,13 @@ from pretrain.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
-    """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts."""
+    """Open and check everything the run needs; every mistake in it is a `ValueError` here, before anything starts.
+
+    Rank 0 looks at each shard, for all: the others trust what it finds, and end with it (`entry.begin`).
+    """
     check_batches(cfg, ranks)
     check_extra(cfg.deepspeed)
-    sources = opening.open_sources(cfg.data)
+    sources = opening.open_sources(cfg.data, trusting=not ranks.is_main)
     tokenizer = opening.open_tokenizer(cfg.data, sources)
     stream = opening.open_training(cfg.data, cfg.train, cfg.seed, sources, ranks.rank, ranks.world_size)
     cfg = with_steps(cfg, stream.epoch_samples)
@@ -48,7 +51,7 @@ def make_plan(cfg: Config, ranks: dist.Ranks) -> Plan:
         check_tokenizer(cfg.init, tokenizer)
         return entry.check_initial_weights(cfg, model, ranks)
 
-    held_out, known = open_validation(cfg, tokenizer, objective), {source.fingerprint for source in sources}
+    held_out, known = open_validation(cfg, tokenizer, objective, ranks), {source.fingerprint for source in sources}
     identity = {"train": " ".join(s.fingerprint for s in sources), "tokenizer_sha256": tokenizer.sha256}
     return Plan(
         config=cfg, model=model, tokenizer=tokenizer, stream=stream,
@@ -89,12 +92,15 @@ def check_tokenizer(init: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def open_validation(cfg: Config, tokenizer: Tokenizer, objective: Callable) -> dict[HeldOut, Validation]:
+def open_validation(
+    cfg: Config, tokenizer: Tokenizer, objective: Callable, ranks: dist.Ranks
+) -> dict[HeldOut, Validation]:
     """Each set of held-out shards that the config names, in its natural order."""
     samples, micro = cfg.train.eval_samples, cfg.train.micro_batch_size
     found = {}
     for held_out in held_out_sets(cfg.data.val):
-        ordered = opening.open_held_out(held_out.place, cfg.data, cfg.train.seq_len, tokenizer)
+        where = (held_out.place, cfg.data, cfg.train.seq_len, tokenizer)
+        ordered = opening.open_held_out(*where, trusting=not ranks.is_main)
         found[held_out] = Validation(ordered, objective, samples, micro, tokenizer.byte_lengths())
     return found
 

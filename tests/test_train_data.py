@@ -5,16 +5,21 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
+from pretrain.config import compose
+from pretrain.dist import Ranks
 from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
 from pretrain.stream.stream import Stream, batch_hash
+from pretrain.train import make_plan
 from tests import forked
+from tests.conftest import TINY
 from tests.forked import ROOT
 from tests.http_store import serve
 from tests.journals import events, exact, journal
@@ -238,3 +243,43 @@ def test_an_address_that_is_none_is_refused_and_never_run(train, tmp_path):
         done = train(1, "run.name=mistaken", data=address.replace(" ", "\\ "), check=False)
         assert done.returncode == 2 and done.stderr.startswith("error: the address "), done.stderr
         assert not marker.exists()
+
+
+def looks_at_files(cfg, ranks: Ranks, monkeypatch) -> int:
+    """How often a plan asks the file system for something."""
+    count, stat = 0, os.stat
+    opens = []
+    watching = True
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return stat(*args, **kwargs)
+
+    sys.addaudithook(lambda event, _: opens.append(event) if watching and event == "open" else None)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", counted)
+        make_plan(cfg, ranks)
+    watching = False
+    return count + len(opens)
+
+
+def test_rank_0_looks_at_each_shard_and_the_others_trust_it(train, shards, chunked, monkeypatch, tmp_path):
+    few = tmp_path / "few"
+    line = ("--input", str(Path(os.__file__).parent / "json"), "--tokenizer", str(shards.parent / "tokenizer.model"))
+    done = forked.program(ROOT / "tools" / "write_shards.py", *line, "--output", few)
+    subprocess.run(done, env=forked.ENVIRONMENT, check=True, capture_output=True, timeout=600)
+    counts = {}
+    for folder in (few, chunked):
+        overrides = [f"run.root={tmp_path}", "run.name=x", f"data.train={folder}", f"data.val={folder}", *TINY]
+        cfg = compose.compose("pretrain", overrides)
+        for rank in (0, 1):
+            counts[folder, rank] = looks_at_files(cfg, Ranks(rank, 2, rank), monkeypatch)
+    more = len(manifests.load(chunked).shards) - len(manifests.load(few).shards)
+    assert more >= 3 and counts[chunked, 0] >= counts[few, 0] + 2 * more
+    assert counts[chunked, 1] == counts[few, 1]
+    holed = shutil.copytree(chunked, tmp_path / "holed")
+    (holed / "00000002.tar").unlink()
+    done = train(2, "run.name=holed", "data.val=null", data=holed, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1 and "00000002.tar is missing, index.json lists it" in done.stderr

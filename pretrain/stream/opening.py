@@ -27,11 +27,11 @@ def cache_folder(data: DataConfig) -> Path | None:
     return None if path.startswith("~") else Path(path)
 
 
-def open_sources(data: DataConfig) -> list[Manifest]:
-    """The training data sets, each other than the others and all of one tokenizer."""
+def open_sources(data: DataConfig, trusting: bool = False) -> list[Manifest]:
+    """The training data sets, each other than the others and all of one tokenizer. `trusting`: see `manifest.load`."""
     if not data.sources:
         raise ValueError("data.train has no value: give a folder of shards (tools/write_shards.py)")
-    sources = [manifests.open_split(location, "train", cache_settings(data)) for location in data.sources]
+    sources = [manifests.open_split(location, "train", cache_settings(data), trusting) for location in data.sources]
     seen: dict[str, str] = {}
     for manifest in sources:
         if manifest.fingerprint in seen:
@@ -70,8 +70,10 @@ def open_training(
     return Stream(sources, planned_phases(train, data.weights, sources), seed, rank, world_size, options)
 
 
-def open_held_out(location: str, data: DataConfig, seq_len: int, tokenizer: Tokenizer, split: str = "val") -> Stream:
+def open_held_out(
+    location: str, data: DataConfig, seq_len: int, tokenizer: Tokenizer, split: str = "val", trusting: bool = False
+) -> Stream:
     """The windows of a data set in their natural order."""
-    manifest = manifests.open_split(location, split, cache_settings(data))
+    manifest = manifests.open_split(location, split, cache_settings(data), trusting)
     manifest.check_tokenizer(tokenizer.path, tokenizer.sha256)
     return Stream.in_order(manifest, seq_len, replace(StreamOptions(), documents=data.document_mask))
