@@ -165,24 +165,32 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def finish(code: int, is_agreed: bool = True) -> None:
+def finish(code: int, is_agreed: bool = True, last: Callable[[], bool] = lambda: True) -> None:
     """Leave at once with this exit code: gloo's teardown now and then aborts a process whose work is done.
 
     `is_agreed`: every rank comes here with the same code, if it is not that of a failure; they leave together then.
+    `last` is what this rank has still to do by itself, and whether that went well. The others do not wait for it, or
+    GPUs would stand idle; only where their code would have a launcher end this rank too, they do.
 
     A script of launch/ names a file for a code that is neither success nor failure. Where the ranks agree, its launcher
     sees success then: torchrun would make 1 of the code, and srun would end the ranks that are a moment later. So does
     a torchrun that starts again what it takes for a failure.
     """
     is_agreed = is_agreed and torch_dist.is_initialized() and code != FAILED
-    if is_agreed:
-        barrier()
     told, restarts = os.environ.get(EXIT_CODE), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if told and code not in (FINISHED, FAILED) and os.path.exists(told):  # not on the other nodes of a Slurm job
         with open(told, "a", encoding="utf-8") as file:
             file.write(f"{code}\n")
     if is_agreed and (told or restarts != "0"):
         code = FINISHED
+    others_first = code == FINISHED
+    if is_agreed and others_first:
+        barrier()
+    went_well = last()
+    if is_agreed and not others_first:
+        barrier()
+    if not went_well:
+        code = FAILED
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "drain", stream.flush)()
     os._exit(code)

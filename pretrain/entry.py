@@ -3,6 +3,7 @@
 `train` and `finetune` make a `Plan` of a configuration; the rest is here.
 """
 
+import functools
 import json
 import os
 import sys
@@ -54,7 +55,9 @@ def main(config_name: str, make_plan: MakePlan) -> None:
             print("interrupted before training began: nothing is lost, run the same command again", file=sys.stderr)
         dist.finish(STOPPED, is_agreed=False)  # others may wait for what this one was to say
     if begun is not None:
-        dist.finish(run_guarded(*begun))
+        plan, ranks, _ = begun
+        code, last = guarded(lambda: run(*begun), plan, ranks) or (FAILED, lambda: True)
+        dist.finish(code, last=lambda: bool(guarded(last, plan, ranks)))
 
 
 def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torch.device] | None:
@@ -102,10 +105,12 @@ def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
         memory.check_fits(memory.counts(plan.model), stage, ranks.world_size, precision, hardware.memory_of(device))
 
 
-def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
-    """The run, and its exit code; what a user can do something about is said in a line, anything else as it is."""
+def guarded(action: Callable[[], Any], plan: Plan, ranks: dist.Ranks) -> Any:
+    """What a part of the run gives, or None where it fails; what a user can do something about is said in a line,
+    anything else as it is.
+    """
     try:
-        return run(plan, ranks, device)
+        return action()
     except FloatingPointError as error:  # on all ranks
         told = str(error) if ranks.is_main else ""
     except DataError as error:  # on the rank that met it
@@ -113,15 +118,15 @@ def run_guarded(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     except OSError as error:
         if error.errno is not None and error.errno not in NO_ROOM:
             traceback.print_exc()
-            return FAILED
+            return None
         told = (f"{error}: the last checkpoint is good: make room in {plan.config.run.folder}, and run the same "
                 "command to go on from it")  # fmt: skip
     except BaseException:
         traceback.print_exc()
-        return FAILED
+        return None
     if told:
         print(f"error: {told}", file=sys.stderr)
-    return FAILED
+    return None
 
 
 def model_of(init: str) -> dict:
@@ -171,8 +176,10 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     return new
 
 
-def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
-    """A checked run on this rank, from its last checkpoint or its first step to the last; its exit code."""
+def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Callable[[], bool]]:
+    """A checked run on this rank, from its last checkpoint or its first step to the last: its exit code, and what this
+    rank has to do then, with which no other has to do (`dist.finish`).
+    """
     cfg, folder, guard = plan.config, plan.config.run.folder, Guard(plan.config.guard, tells=ranks.is_main)
     precision = hardware.resolve_precision(cfg.train.precision, device)
     hardware.set_deterministic(cfg.train.deterministic)
@@ -207,19 +214,23 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> int:
     if start_step >= cfg.train.steps:
         log.say(f"{cfg.run.name} is complete at step {start_step}: raise train.steps to go on")
     step = loop.train_loop(cfg, trainer, data, model, checkpoints, guard, log, ranks, start_step)
-    if ranks.is_main:
-        if start_step < step == cfg.train.steps:
-            log.doing("writing a sample text")
-            attempt(lambda: write_sample(plan, step), "the sample text", log)
-        if best and best.step is not None:
-            log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
-        log.doing("drawing the report")
-        report = attempt(lambda: str(page.write_report(folder)), "the report", log)
-        log.event("end", step=step, of=cfg.train.steps, report=report)
-        log.close()
-    if not guard.stopped or step == cfg.train.steps:
-        return FINISHED
-    return STOPPED if guard.was_asked else FAILED
+    code = FINISHED if not guard.stopped or step == cfg.train.steps else STOPPED if guard.was_asked else FAILED
+    return code, functools.partial(tell_end, plan, log, best, start_step, step) if ranks.is_main else lambda: True
+
+
+def tell_end(plan: Plan, log: Log, best: Best | None, start_step: int, step: int) -> bool:
+    """The last words of a run, by rank 0 alone: a sample text, the report. True when they are written."""
+    cfg, folder = plan.config, plan.config.run.folder
+    if start_step < step == cfg.train.steps:
+        log.doing("writing a sample text")
+        attempt(lambda: write_sample(plan, step), "the sample text", log)
+    if best and best.step is not None:
+        log.say(f"{cfg.run.name}: {best.told()}; {folder / RESULT}")
+    log.doing("drawing the report")
+    report = attempt(lambda: str(page.write_report(folder)), "the report", log)
+    log.event("end", step=step, of=cfg.train.steps, report=report)
+    log.close()
+    return True
 
 
 def attempt(action: Callable[[], Any], what: str, log: Log) -> Any:

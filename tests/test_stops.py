@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -240,3 +241,32 @@ def test_the_bar_says_what_takes_its_time_and_determinism_is_asked_for(train, en
     assert "deterministic: True" in said and process.returncode == 0, said
     for doing in ("validating", "saving", "writing a sample text", "drawing the report"):
         assert doing.encode() in screen, (doing, screen, said)
+
+
+def test_no_rank_waits_while_rank_0_writes_the_sample_and_the_report(train, environment):
+    """The sample goes into a pipe, and the other rank has left before anybody reads it."""
+    folder = train.root / "leaving"
+    line = (f"run.root={train.root}", f"data.train={train.shards}", "data.val=null", "run.name=leaving")
+    train(2, "run.name=leaving", "data.val=null", "train.steps=1")
+    (folder / "samples.jsonl").unlink()
+    os.mkfifo(folder / "samples.jsonl")
+    process = subprocess.Popen(command(2, *line, "train.steps=2"), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints/step-000000002").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        first, second = sorted(forked.ranks_of(process.pid))
+        while Path(f"/proc/{first}").exists() and Path(f"/proc/{second}").exists():
+            assert time.monotonic() < deadline, "one rank leaves while the other has nobody to write to"
+            time.sleep(0.05)
+        assert process.poll() is None and not events(folder, "end")[1:]
+        written = (folder / "samples.jsonl").read_text()
+        (folder / "samples.jsonl").write_text(written)  # the report waits for it
+        assert json.loads(written)["step"] == 2
+        assert process.wait(60) == 0 and len(events(folder, "end")) == 2
+    finally:
+        if process.poll() is None:
+            for pid in forked.ranks_of(process.pid):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=600)
