@@ -36,6 +36,9 @@ if ((NNODES == 1)); then
     [[ ! -e /sys/class/net/lo ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 fi
 
+# Processes of one run are connected with each other, and where they meet with all: 1,024 open files may be too few.
+ulimit -S -n "$(ulimit -H -n)" 2>/dev/null || true
+
 # NCCL is silent by default, also about why it fails.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 

@@ -8,6 +8,7 @@ MASTER_PORT; without them the process is a world of its own.
 
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def start(ranks: Ranks) -> torch.device:
 
     `ValueError` when another process has the port of the group.
     """
+    spare_sockets()
     alone = {}
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -102,6 +104,16 @@ def start(ranks: Ranks) -> torch.device:
     if device.type == "cuda" and (shared := shared_gpus(all_gather_objects([socket.gethostname(), gpu_id(device)]))):
         raise ValueError(shared)
     return device
+
+
+def spare_sockets() -> None:
+    """Let gloo connect two ranks when they first have something to say, and this process have all the files it may:
+    every group would connect each rank with all, and 1,024 open files are the usual limit. Rank 0 also holds a
+    connection to each rank, of the store that they meet at.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def gpu_id(device: torch.device) -> str:

@@ -108,3 +108,12 @@ def test_a_port_that_is_taken_is_named(train, environment):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"error: MASTER_PORT={port} is in use on this host, perhaps by another run" in done.stderr
     assert not (train.root / "port").exists()
+
+
+def test_sockets_do_not_grow_as_ranks_times_groups(worker):
+    """A rank speaks with its neighbours in a ring and, in trees, with one rank more at twice as many."""
+    found = {ranks: worker("sockets_worker.py", ranks=ranks) for ranks in (2, 4, 8)}
+    assert all(rank["raised"] and rank["groups"] == 2 for ranks in found.values() for rank in ranks)
+    most = {ranks: max(rank["sockets"] for rank in each[1:]) for ranks, each in found.items()}
+    assert most[8] - most[4] <= 2 + 2 and most[8] < 2 * 8, most
+    assert found[8][0]["sockets"] <= most[8] + 8 + 2, "rank 0 has a connection of the store with each"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import groups
 from deepspeed.utils.logging import logger as deepspeed_logger
 
 from pretrain import optim
@@ -50,13 +51,14 @@ class Engine:
         # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=None, verbose=False)
+        groups._WORLD_GROUP = torch.distributed.group.WORLD  # or it makes another of all ranks, with its own timeout
         self.stage = settings["zero_optimization"]["stage"]
         self.world_size, self.rank, self.device, self.loss_rows = ranks.world_size, ranks.rank, device, loss_rows
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else placed(device, settings):
             model = build_model()
-        groups = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay, lr_scale)
+        parts = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay, lr_scale)
         self.engine, optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optim.build(optim_config, groups), config=settings
+            model=model, optimizer=optim.build(optim_config, parts), config=settings
         )
         self.parameters = dict(self.engine.module.named_parameters())
         self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank, optim_config.name)
