@@ -20,8 +20,10 @@ import torch
 import torch.distributed as torch_dist
 
 from pretrain.cli import FAILED, FINISHED
+from pretrain.network import interface_to
 
 TIMEOUT = timedelta(minutes=30)
+INTERFACE = "GLOO_SOCKET_IFNAME"
 EXIT_CODE = "PRETRAIN_EXIT_CODE"  # the environment variable that names the file for a code
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers set, and a process alone has
 UNSET = ("start the run with a launcher (launch/torchrun.sh, launch/slurm.sbatch), which sets all of them, or alone, "
@@ -88,6 +90,8 @@ def start(ranks: Ranks) -> torch.device:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         alone = {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}  # needs no port, that another might take
+    elif INTERFACE not in os.environ and (found := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ[INTERFACE] = found  # gloo would take that of the host's own name, which may lead nowhere
     device = device_of(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -204,7 +204,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
     log.event(
         "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
         zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
-        peak_tflops=peak * ranks.world_size / 1e12,
+        peak_tflops=peak * ranks.world_size / 1e12, interface=os.environ.get(dist.INTERFACE),
     )  # fmt: skip
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)

@@ -13,7 +13,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 # Who may import whom: a module only from floors below its own.
 FLOORS = (
     {"console"},
-    {"cli"},
+    {"cli", "network"},
     {"dist", "files", "hardware"},
     {"config", "tokenizer"},
     {"guard", "model", "optim", "report", "shards", "tuning"},

@@ -92,6 +92,18 @@ def test_deepspeed_takes_the_device_that_was_chosen(monkeypatch):
     assert dist.start(dist.Ranks(7, 8, 7)) == torch.device("cuda", 0) and os.environ["LOCAL_RANK"] == "0"
 
 
+@pytest.mark.parametrize("said", [None, "ib0"])
+def test_gloo_takes_the_interface_that_leads_to_the_master(monkeypatch, said):
+    for name, value in {**WHOLE, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", said or "")
+    if said is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(dist.torch_dist, "init_process_group", lambda *_, **__: None)
+    dist.start(dist.Ranks(1, 4, 0))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == (said or "lo")
+
+
 def test_the_trainer_refuses_in_one_line(environment):
     for said in ({"RANK": "0"}, {"RANK": "node-3"}):
         done = subprocess.run(command(1, "run.name=x"), env=environment | said, capture_output=True, text=True)
