@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed import distributed_c10d
 
 from pretrain.cli import FAILED, FINISHED
 from pretrain.network import interface_to
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # of a collective while ranks load, and of the background's
+STEP_TIMEOUT = "PRETRAIN_STEP_TIMEOUT"  # the environment variable for another one, once steps run
+STEP_SECONDS = "600"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 EXIT_CODE = "PRETRAIN_EXIT_CODE"  # the environment variable that names the file for a code
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers set, and a process alone has
@@ -51,6 +54,7 @@ def from_environment(is_launched: bool = False) -> Ranks:
 
     `ValueError` for values that no launcher sets; `is_launched`: also for what one has left behind.
     """
+    step_timeout()
     found = {key: os.environ.get(key, default) for key, default in LAUNCHED.items()}
     for key, value in found.items():
         if not re.fullmatch("[0-9]+", value):
@@ -140,6 +144,25 @@ def shared_gpus(places: list[list[str]]) -> str | None:
 def new_cpu_group() -> torch_dist.ProcessGroup:
     """A group of its own for a background thread, so that its collectives never mix with the training's."""
     return torch_dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def step_timeout() -> timedelta:
+    """How long a rank may keep the others waiting once steps run."""
+    seconds = os.environ.get(STEP_TIMEOUT, STEP_SECONDS)
+    if not re.fullmatch("[1-9][0-9]*", seconds):
+        raise ValueError(f"{STEP_TIMEOUT}={seconds} in the environment is no number of seconds: give one, as 600")
+    return timedelta(seconds=int(seconds))
+
+
+def expect_steps() -> None:
+    """From now on a rank that does not answer for `step_timeout` hangs, and the others end: loading is over."""
+    if torch_dist.is_initialized():
+        distributed_c10d._set_pg_timeout(step_timeout())
+
+
+def is_timeout(error: RuntimeError) -> bool:
+    """Whether it is gloo's, for a rank that does not answer. (NCCL's watchdog ends the process itself.)"""
+    return "Timed out waiting" in str(error)
 
 
 def barrier() -> None:

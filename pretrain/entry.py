@@ -121,9 +121,12 @@ def guarded(action: Callable[[], Any], plan: Plan, ranks: dist.Ranks) -> Any:
             return None
         told = (f"{error}: the last checkpoint is good: make room in {plan.config.run.folder}, and run the same "
                 "command to go on from it")  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        return None
+        if not isinstance(error, RuntimeError) or not dist.is_timeout(error):
+            return None
+        told = (f"another rank has not answered for {dist.step_timeout()} (h:mm:ss): it hangs, or its node is gone; "
+                "the last checkpoint is good: run the same command to go on from it")  # fmt: skip
     if told:
         print(f"error: {told}", file=sys.stderr)
     return None

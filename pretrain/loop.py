@@ -11,7 +11,7 @@ from pretrain import optim
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.config.schema import Config, at_step
-from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor
+from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor, expect_steps
 from pretrain.engine.engine import Engine, MicroBatch
 from pretrain.evaluation.validation import Best, Evaluation
 from pretrain.examples.stream import ExampleRows, ExampleStream
@@ -63,6 +63,8 @@ def train_loop(
         loss, grad_norm = engine.step([on_device(part, engine.device) for part in parts], targets, lr, seed)
         before, (_, tokens) = stream.progress(step)[1], stream.progress(step + 1)
         step += 1
+        if step == start_step + 1:
+            expect_steps()
         if problem := guard.problem(step, loss, grad_norm):
             checkpoints.wait()
             log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)

@@ -53,6 +53,13 @@ def test_what_was_left_over_is_named(setting, said, message):
     assert "unset RANK WORLD_SIZE LOCAL_RANK" in str(refused.value)
 
 
+@pytest.mark.parametrize("said", ["0", "ten", "1.5", ""])
+def test_a_step_timeout_is_a_number_of_seconds(monkeypatch, said):
+    monkeypatch.setenv("PRETRAIN_STEP_TIMEOUT", said)
+    with pytest.raises(ValueError, match=f"PRETRAIN_STEP_TIMEOUT={said} in the environment is no number of seconds"):
+        dist.from_environment()
+
+
 @pytest.mark.parametrize(("seen", "local_rank", "index"), [(1, 0, 0), (1, 7, 0), (8, 3, 3), (8, 7, 7)])
 def test_a_rank_has_the_gpu_that_it_sees(monkeypatch, seen, local_rank, index):
     """srun --gpus-per-task=1 shows each rank one GPU, and counts LOCAL_RANK on."""

@@ -270,3 +270,31 @@ def test_no_rank_waits_while_rank_0_writes_the_sample_and_the_report(train, envi
             for pid in forked.ranks_of(process.pid):
                 os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=600)
+
+
+def test_a_rank_that_hangs_is_noticed_soon_once_steps_run(train, environment):
+    folder, line = (
+        train.root / "hanging",
+        (f"run.root={train.root}", f"data.train={train.shards}", "train.steps=100000"),
+    )
+    process = subprocess.Popen(
+        command(2, *line, "run.name=hanging", "data.val=null"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=environment | {"PRETRAIN_STEP_TIMEOUT": "10"}, text=True,
+    )  # fmt: skip
+    try:
+        wait_for_rows(folder, 3, process)
+        ranks = forked.ranks_of(process.pid)
+        os.kill(ranks[1], signal.SIGSTOP)
+        deadline = time.monotonic() + 120
+        while Path(f"/proc/{ranks[0]}").exists():
+            assert time.monotonic() < deadline, "waits for the one that hangs"
+            time.sleep(0.05)
+        os.kill(ranks[1], signal.SIGKILL)
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert "error: another rank has not answered for 0:00:10 (h:mm:ss): it hangs, or its node is gone" in told
+    finally:
+        if process.poll() is None:
+            for pid in forked.ranks_of(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.communicate(timeout=60)
