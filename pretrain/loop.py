@@ -63,8 +63,7 @@ def train_loop(
         loss, grad_norm = engine.step([on_device(part, engine.device) for part in parts], targets, lr, seed)
         before, (_, tokens) = stream.progress(step)[1], stream.progress(step + 1)
         step += 1
-        if step == start_step + 1:
-            expect_steps()
+        expect_steps()  # loading was over with the first one
         if problem := guard.problem(step, loss, grad_norm):
             checkpoints.wait()
             log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)
