@@ -42,6 +42,9 @@ ulimit -S -n "$(ulimit -H -n)" 2>/dev/null || true
 # NCCL is silent by default, also about why it fails.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
+# On GPUs: batches of many lengths leave holes in memory that no later one fits into, unless segments can grow.
+[[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
 # Two stalled collectives look the same from outside: on a crash, NCCL's watchdog included, show where Python stood.
 export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
 

@@ -80,6 +80,7 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
         refuse([mistake], ranks)
         head = f"{plan.config.run.name}: {what_would_run(plan)}; nothing is wrong"
         print(head, *notes(plan), *plan.changes, sep="\nnote: ")
+        print(f"folder: {plan.config.run.folder}")  # for scripts
         return None
     try:
         device = dist.start(ranks)

@@ -142,12 +142,13 @@ class SlurmCluster:
         self._until(lambda: self.show(job)["JobState"] in ENDED, f"the end of job {job}")
         return self.show(job)
 
-    def start_requeued_now(self, job: str) -> None:
+    def start_requeued_now(self, job: str, restarts: int = 1) -> None:
         """Wait until a job is queued again and has left its nodes; then start it without Slurm's two minutes' wait."""
 
         def queued() -> bool:
             shown = self.show(job)
-            return shown["Restarts"] != "0" and shown["JobState"] == "PENDING" and self._idle_nodes() == 2
+            assert shown["JobState"] not in ENDED, shown
+            return int(shown["Restarts"]) == restarts and shown["JobState"] == "PENDING" and self._idle_nodes() == 2
 
         self._until(queued, f"job {job} to be queued again")
         time.sleep(1)  # a late message of the ended batch script would fail the new one

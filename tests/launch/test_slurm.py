@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,12 @@ TINY = (
 def submit(cluster, shards, tmp_path):
     """submit(NAME, OVERRIDES...) -> job: slurm.sbatch on both nodes, its output in tmp_path/NAME.out."""
 
-    def submit(name: str, *overrides: str) -> str:
+    def submit(name: str, *overrides: str, options: Sequence[str] = ("--nodes=2",), **settings: str) -> str:
         env = {
             "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
             "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",  # the nodes' names do not resolve here
-        }  # fmt: skip
-        options = ("--nodes=2", f"--output={tmp_path / name}.out")
+        } | settings  # fmt: skip
+        options = (*options, f"--output={tmp_path / name}.out")
         arguments = (*TINY, f"run.root={tmp_path}", f"run.name={name}", f"data.train={shards}", *overrides)
         return cluster.submit(*options, "launch/slurm.sbatch", *arguments, cwd=ROOT, env=env)
 
@@ -84,6 +85,44 @@ def test_a_run_that_was_stopped_is_not_queued_again(cluster, submit, tmp_path):
     assert "srun: error" not in output
     (stop,) = [row for row in rows_of(tmp_path / "stopped" / "events.jsonl") if row["kind"] == "stopped"]
     assert stop["reason"] == "SIGTERM" and stop["step"] == len(journal(tmp_path / "stopped"))
+
+
+def test_a_failure_is_tried_again_while_checkpoints_advance(cluster, submit, tmp_path):
+    """Each of the first two tries leaves a checkpoint; after two more without one that is all."""
+    settings = {"MODULE": "tests.dist.failing_trainer", "PRETRAIN_RESTARTS": "2"}
+    job = submit("failing", "+fails=[step-1,step-2,-,-]", options=["--nodes=1"], **settings)
+    for restarts in (1, 2, 3):
+        cluster.start_requeued_now(job, restarts)
+    ended, output = cluster.wait(job), (tmp_path / "failing.out").read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "3"), output
+    assert output.count("queued again, try 1 of 2 without") == 2 and output.count("queued again, try 2 of 2") == 1
+    assert "failed with code 1, and no checkpoint newer than step-2 in 3 tries: not queued again" in output
+    assert not list(tmp_path.glob(".slurm-*"))
+
+
+def test_the_time_that_a_save_takes_is_left_before_the_limit(cluster, submit, tmp_path):
+    """The last one took 100 s, which of four minutes leaves nothing; here Slurm itself says no word of the limit."""
+    options = ["--nodes=1", "--time=4", "--signal=B:URG@90"]
+    job = submit("saving", options=options, MODULE="tests.dist.failing_trainer")
+    cluster.start_requeued_now(job)
+    ended, output = cluster.wait(job), (tmp_path / "saving.out").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
+    assert "time limit: saving, then queued again" in output and "DUE TO TIME LIMIT" not in output
+
+
+def test_a_rank_has_the_cores_of_the_job_and_a_port_that_the_kernel_gives_to_nobody(cluster, submit, tmp_path):
+    """Without --cpus-per-task, of a whole node."""
+    (tmp_path / "shown.py").write_text(
+        "import os, sys; print('shown', *map(os.environ.get, ('OMP_NUM_THREADS', 'SLURM_CPUS_PER_TASK', 'MASTER_PORT',"
+        " 'PYTORCH_ALLOC_CONF'))) if '--check' not in sys.argv else None"
+    )
+    options = ["--nodes=1", "--exclusive"]
+    job = submit("whole", options=options, MODULE="shown", PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="")
+    cluster.wait(job)
+    output = (tmp_path / "whole.out").read_text()
+    _, threads, cores, port, memory, *_ = output[output.index("shown") :].split()
+    assert threads == cores == "2" and 20000 <= int(port) < 30000 and memory == "expandable_segments:True", output
+    assert "srun:" not in output
 
 
 def test_bad_config_fails_the_job_with_one_message(cluster, submit, tmp_path):
