@@ -5,13 +5,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests import forked
-from tests.conftest import LENGTH, command
+from tests.conftest import LENGTH, TINY, command
 from tests.forked import ROOT
 from tests.journals import events, exact, journal
 
@@ -40,10 +41,10 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def disturb(train, environment, name: str, at_row: int, number: signal.Signals, *overrides: str) -> int:
-    """Start the run, send both workers a signal once the journal has `at_row` rows; the launcher's exit code."""
+def disturb(train, environment, name: str, at_row: int, number: signal.Signals, *overrides: str, ranks: int = 2) -> int:
+    """Start the run, send all workers a signal once the journal has `at_row` rows; the launcher's exit code."""
     where = (f"run.root={train.root}", f"run.name={name}", f"data.train={train.shards}", f"data.val={train.shards}")
-    line = command(2, *where, *LENGTH, *overrides)
+    line = command(ranks, *where, *LENGTH, *overrides)
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for_rows(train.root / name, at_row, process)
@@ -282,3 +283,22 @@ def test_held_out_data_that_is_trained_on_is_said(train, shards):
     said = train(1, "run.name=same", "train.steps=1", data=shards / "train").stdout
     assert f"note: data.val={shards / 'train'} is trained on too: its figures are not of held-out text" in said
     assert f"data.val={shards / 'train'} is trained on too" in (train.root / "same" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_32_ranks_are_killed_and_8_launched_for_real_go_on(train, environment):
+    """As many processes as a machine can hold that are forked from one; what comes after is what torchrun starts."""
+    wide = ("train.global_batch_size=32", "train.micro_batch_size=1", "deepspeed=zero2")
+    assert disturb(train, environment, "many", 12, signal.SIGKILL, *wide, ranks=32) != 0
+    where = (f"run.root={train.root}", f"data.train={train.shards}", f"data.val={train.shards}")
+    line = [ROOT / "launch/torchrun.sh", *TINY, *where, "run.name=many", *LENGTH, *wide]
+    real = environment | {"NPROC": "8", "PYTHON": sys.executable}
+    done = subprocess.run(line, env=real, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(2, "run.name=few", *wide, *LENGTH)
+    many, few = journal(train.root / "many"), journal(train.root / "few")
+    assert [row["batch_hash"] for row in many] == [row["batch_hash"] for row in few] and len(many) == 24
+    assert [row["loss"] for row in many] == pytest.approx([row["loss"] for row in few], rel=1e-4)
+    (resumed,) = events(train.root / "many", "resume")
+    assert resumed["ranks"] == 8 and resumed["step"] in (5, 10)
+    assert events(train.root / "many", "start")[0]["ranks"] == 32

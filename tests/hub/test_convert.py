@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from pretrain import hardware  # noqa: E402
+from pretrain import entry, hardware  # noqa: E402
 from pretrain.checkpoint import load  # noqa: E402
 from pretrain.checkpoint.load import Weights, load_model  # noqa: E402
 from pretrain.checkpoint.manifest import committed  # noqa: E402
@@ -33,6 +33,7 @@ from pretrain.checkpoint.tensors import TensorFolder  # noqa: E402
 from pretrain.cli import STOP_SIGNALS, STOPPED, uninterrupted  # noqa: E402
 from pretrain.config import compose  # noqa: E402
 from pretrain.config.schema import ModelConfig  # noqa: E402
+from pretrain.dist import Ranks  # noqa: E402
 from pretrain.engine.fragments import WEIGHT, Fragment  # noqa: E402
 from pretrain.hub import convert, families, folder, parity  # noqa: E402
 from pretrain.model.heads import parameter_shapes  # noqa: E402
@@ -466,6 +467,16 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(what, theirs, tmp_
     with pytest.raises(ValueError, match=message):
         convert.import_hf(folder, tmp_path / "run", check=False)
     assert unseen(tmp_path) == ["it"]
+
+
+def test_rank_0_looks_whether_a_copy_is_one_before_a_run_starts_from_a_folder(theirs, tmp_path):
+    folder = shutil.copytree(theirs, tmp_path / "it")
+    settings(tie_word_embeddings=True)(folder)
+    cfg, config = SimpleNamespace(init=str(folder)), convert.open_model(folder).config
+    assert entry.check_initial_weights(cfg, config, Ranks(1, 2, 1)) == {}
+    for look in (lambda: entry.check_initial_weights(cfg, config, Ranks(0, 2, 0)), lambda: convert.load_model(folder)):
+        with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens"):
+            look()
 
 
 def test_the_command_that_converts_a_pickle_does(theirs, environment, tmp_path):
