@@ -126,7 +126,7 @@ def test_under_deepspeed_each_rank_has_its_own_rows_at_every_stage_between_steps
         assert before_1 == others == generate_batch(model, [[11] * 46], 12) and none == []
         assert after == found["stage 0"]["ids"][0][2] != before
         assert after_1 == found["stage 0"]["ids"][1][2] != before_1
-        assert found[f"stage {stage}"]["losses"] == pytest.approx(found["stage 0"]["losses"], rel=1e-6)
+        assert found[f"stage {stage}"]["losses"] == pytest.approx(found["stage 0"]["losses"], rel=1e-5)
 
 
 def test_the_nucleus_is_the_smallest_set_of_that_probability():

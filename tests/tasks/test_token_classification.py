@@ -209,6 +209,6 @@ def test_a_model_learns_which_words_are_spans(tokenizers, tmp_path):
         rows.append(row([f"w{number}" for number in picked], tags))
     table, held_out = table_of(tmp_path, *rows[:64]), table_of(tmp_path, *rows[64:], name="held_out.jsonl")
     task = make("token_classification", tokenizers["words"], ENCODER, table=table)
-    figures, validation = judged(task, held_out, taught(task, table, steps=60))
+    figures, validation = judged(task, held_out, taught(task, table, steps=90))
     assert figures["val_span_f1"] > 0.9 and figures["val_loss"] < 0.3, figures
     assert len(validation.details) == 32
