@@ -189,10 +189,10 @@ def agree(action: Callable[[], object], group: torch_dist.ProcessGroup | None = 
 
 
 def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:
-    """Every rank's CPU tensor of one shape, stacked: [world, *shape]."""
+    """Every rank's tensor of one shape, stacked: [world, *shape], by the group of its device."""
     if not torch_dist.is_initialized():
         return values[None]
-    gathered = torch.empty((torch_dist.get_world_size(), *values.shape), dtype=values.dtype)
+    gathered = values.new_empty((torch_dist.get_world_size(), *values.shape))
     torch_dist.all_gather(list(gathered.unbind(0)), values.contiguous())
     return gathered
 
@@ -202,6 +202,43 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized():
         torch_dist.all_reduce(values)
     return values
+
+
+class HostCopy:
+    """A copy of a tensor on the host, under way: `read` waits for it, and not for what the device is given since."""
+
+    def __init__(self, values: torch.Tensor):
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> torch.Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+
+class LateSum:
+    """The sum over the ranks of a few numbers on this rank's device: begun now, read when other work is in hand."""
+
+    def __init__(self, values: torch.Tensor):
+        self._values, self._copy = values, None
+        self._work = torch_dist.all_reduce(values, async_op=True) if torch_dist.is_initialized() else None
+
+    def on_device(self) -> torch.Tensor:
+        """The sum, for computations on the device. On a GPU the host does not wait for it."""
+        if self._copy is None:
+            if self._work is not None:
+                self._work.wait()  # on a GPU it is the stream that waits
+            self._copy = HostCopy(self._values)
+        return self._values
+
+    def read(self) -> list[float]:
+        self.on_device()
+        return self._copy.read().tolist()
 
 
 def finish(code: int, is_agreed: bool = True, last: Callable[[], bool] = lambda: True) -> None:

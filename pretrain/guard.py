@@ -8,15 +8,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
 from pretrain.cli import STOP_SIGNALS
 from pretrain.config.schema import GuardConfig
-from pretrain.dist import all_gather_tensor
+from pretrain.dist import all_reduce_sum
 
 ORPHANED = 1000  # above all signals
-ANSWER = "the run saves after this step and stops (Ctrl-C again: at once, unsaved); the same command goes on from there"
+REASONS = (*STOP_SIGNALS, ORPHANED)
+ANSWER = (
+    "the run saves within two steps and stops (Ctrl-C again: at once, unsaved); the same command goes on from there"
+)
 
 
 def launchers() -> set[int]:
@@ -57,15 +61,23 @@ class Guard:
             threading.Thread(target=print, args=(said,), kwargs={"file": sys.stderr}, daemon=True).start()
         self.received = number
 
-    def agreed_stop(self) -> str | None:
-        """Why the run is to stop, the same on every rank, or None: the name of a signal that a rank received, or its
-        launcher that is gone. On all ranks.
+    def flags(self) -> list[float]:
+        """For each of `REASONS` 1 where this rank has it to stop: a signal that it received, its launcher that is gone.
+        `agreed` is asked with the sum of what all ranks say.
         """
         gone = ORPHANED if self.launchers - launchers() else 0
-        if number := int(all_gather_tensor(torch.tensor([self.received or gone])).max()):
+        return [float(reason == (self.received or gone)) for reason in REASONS]
+
+    def agreed(self, sums: Sequence[float]) -> str | None:
+        """Why the run is to stop, the same on every rank, or None."""
+        if number := max((reason for reason, ranks in zip(REASONS, sums, strict=True) if ranks), default=0):
             self.was_asked = number != ORPHANED
             self.stopped = signal.Signals(number).name if self.was_asked else "the launcher is gone"
         return self.stopped
+
+    def agreed_now(self) -> str | None:
+        """The same of this moment, on all ranks: they wait for each other."""
+        return self.agreed(all_reduce_sum(torch.tensor(self.flags())).tolist())
 
     def problem(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why the run must end before anything of this step is saved, the same on every rank; None to go on."""

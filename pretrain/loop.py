@@ -1,7 +1,8 @@
 """The training loop, shared by every entry: next batch -> step -> guard -> evaluate -> log -> save -> stop."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,16 @@ import torch
 from pretrain import optim
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
-from pretrain.config.schema import Config, at_step
-from pretrain.dist import Ranks, all_gather_objects, all_gather_tensor, expect_steps
-from pretrain.engine.engine import Engine, MicroBatch
+from pretrain.config.schema import Config, TrainConfig, at_step
+from pretrain.dist import Ranks, all_gather_objects, all_reduce_sum, expect_steps
+from pretrain.engine.engine import Engine, MicroBatch, Step
 from pretrain.evaluation.validation import Best, Evaluation
 from pretrain.examples.stream import ExampleRows, ExampleStream
 from pretrain.guard import Guard
 from pretrain.report.log import Log
 from pretrain.stream.objectives import IGNORE
 from pretrain.stream.order import hash_key
-from pretrain.stream.stream import Rows, Stream, batch_hash
+from pretrain.stream.stream import HASH_SUMS, Rows, Stream, digest_sums, hash_of_sums
 
 
 @dataclass(frozen=True)
@@ -49,52 +50,99 @@ def train_loop(
     got better for long enough; returns the last step, which is saved. Raises `FloatingPointError` when the guard ends
     the run.
     """
-    stream, validation, best = data.stream, data.validation, data.best
-    batches, told = stream.batches(start_step), stream.quarantine
-    step, stopped = start_step, (best.is_over if best else None) or guard.agreed_stop()
-    while step < config.train.steps and not stopped:
-        train = at_step(config.train, step)
-        started = time.perf_counter()
-        rows = next(batches)
-        parts = [data.collate(part) for part in split(rows, train.micro_batch_size)]
-        targets, hashed = agree_on_batch(rows, [part["labels"] for part in parts])
-        lr = optim.learning_rate(step, train.steps, config.optim.lr, config.schedule)
-        seed = hash_key(config.seed, step)
-        loss, grad_norm = engine.step([on_device(part, engine.device) for part in parts], targets, lr, seed)
-        before, (_, tokens) = stream.progress(step)[1], stream.progress(step + 1)
-        step += 1
-        expect_steps()  # loading was over with the first one
-        if problem := guard.problem(step, loss, grad_norm):
-            checkpoints.wait()
-            log.event("not_finite", step=step, loss=loss, grad_norm=grad_norm)
-            raise FloatingPointError(problem)
-        row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm, "batch_hash": hashed}
-        row |= speed(tokens - before, time.perf_counter() - started, train.global_batch_size, model)
-        stopped, is_best = guard.agreed_stop(), False
+    stream, validation, best, train = data.stream, data.validation, data.best, config.train
+    told, late = stream.quarantine, Late(guard, log, checkpoints)
+    batches = prepared(stream.batches(start_step), data.collate, train, start_step)
+    step, stopped = start_step, (best.is_over if best else None) or guard.agreed_now()
+    skipped = step - engine.layout.optimizer_steps if engine.loss_scale else 0
+    batch = next(batches) if step < train.steps and not stopped else NO_BATCH
+    targets = all_reduce_sum(torch.tensor(batch.targets, dtype=torch.float64)).to(engine.device)
+    while step < train.steps and not stopped:
+        started, now, seed = time.perf_counter(), batch, hash_key(config.seed, step)
+        lr = optim.learning_rate(step - skipped, train.steps, config.optim.lr, config.schedule)
+        micro_batches = [on_device(part, engine.device) for part in now.parts]
+        batch = next(batches) if step + 1 < train.steps else NO_BATCH
+        tallies = (batch.targets, *now.digests, *guard.flags())
+        running = engine.step(micro_batches, targets, lr, seed, tallies)
+        targets = running.sums.on_device()[1]  # of the next batch
+        step, skipped = step + 1, skipped + running.skipped
+        stopped = late.settle()  # the step before
+        row = {"step": step, "tokens": stream.progress(step)[1], "loss": None, "lr": lr, "grad_norm": None}
+        row |= scaling(engine, skipped) | speed(stream, step, time.perf_counter() - started, now.global_size, model)
+        late.begun(row, running)
+        evaluates, saves = (due(step, every, train.steps) for every in (train.eval_every, train.save_every))
+        if not (stopped or evaluates or saves):
+            continue
+        stopped, is_best = late.judge() or stopped, False
         # one that is told to stop has little time, unless nothing but the evaluation is left
-        if validation and due(step, train.eval_every, train.steps) and (not stopped or step == train.steps):
+        if validation and evaluates and (not stopped or step == train.steps):
             log.doing("validating")
             row |= validation.run(engine.evaluate, ranks, engine.device)
             is_best = best is not None and best.offer(row, validation)
             stopped = stopped or (best.is_over if best else None)
-        log.row(row)
-        checkpoints.poll()
-        if stopped or is_best or due(step, train.save_every, train.steps):
+        late.settle()
+        if stopped or is_best or saves:
             state = agree_on_state(stream, step, told, log)
             header = Header(step, config.optim.name, engine.layout.optimizer_steps, state, model.config)
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
             checkpoints.save(header, engine.layout.fragments_to_save(), best.step if best else None)
     batches.close()
+    conclude(checkpoints, log, step, stopped)
+    return step
+
+
+def conclude(checkpoints: Checkpoints, log: Log, step: int, stopped: str | None) -> None:
+    """Wait until the last step is saved, and say why it was the last."""
     log.doing("saving")
     if not checkpoints.wait():
         raise OSError(f"the checkpoint of step {step} could not be written; events.jsonl says why")
     if stopped:
         log.event("stopped", reason=stopped, step=step)
-    return step
 
 
-def speed(tokens: int, seconds: float, samples: int, model: ModelFacts) -> dict[str, float]:
+class Late:
+    """The row of the last step, whose figures are read when the next step is under way, or when somebody needs them:
+    until then nothing waits for the device. In order, and before anything of a step is saved.
+    """
+
+    def __init__(self, guard: Guard, log: Log, checkpoints: Checkpoints):
+        self._guard, self._log, self._checkpoints = guard, log, checkpoints
+        self._row: dict | None = None
+        self._step: Step | None = None
+
+    def begun(self, row: dict, step: Step) -> None:
+        self._row, self._step = row, step
+
+    def judge(self) -> str | None:
+        """Fill in the figures; why the run is to stop, or None. `FloatingPointError` where they end it."""
+        if self._step is None:
+            return None
+        row, step, self._step = self._row, self._step, None
+        loss, norm = step.read()
+        expect_steps()  # loading was over with the first one
+        if problem := self._guard.problem(row["step"], loss, 0.0 if step.skipped else norm):
+            self._checkpoints.wait()
+            self._log.event("not_finite", step=row["step"], loss=loss, grad_norm=norm)
+            raise FloatingPointError(problem)
+        _, *hashed = step.tallies[: 1 + HASH_SUMS]
+        row |= {"loss": loss, "grad_norm": norm, "batch_hash": hash_of_sums(hashed)}
+        return self._guard.agreed(step.tallies[1 + HASH_SUMS :])
+
+    def settle(self) -> str | None:
+        """Judge, and write the row."""
+        stopped = self.judge()
+        if self._row is not None:
+            self._log.row(self._row)
+            self._row = None
+            self._checkpoints.poll()
+        return stopped
+
+
+def speed(
+    stream: Stream | ExampleStream, step: int, seconds: float, samples: int, model: ModelFacts
+) -> dict[str, float]:
     """How fast a step was: tokens a second, and the share of the peak that the model's FLOPs are (MFU)."""
+    tokens = stream.progress(step)[1] - stream.progress(step - 1)[1]
     flops = tokens * model.flops_per_token(tokens / samples)
     mfu = flops / seconds / model.peak_flops
     return {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "mfu": mfu}
@@ -103,6 +151,31 @@ def speed(tokens: int, seconds: float, samples: int, model: ModelFacts) -> dict[
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done every `every` steps (0: only at the end) is due after this one."""
     return step == last or (every > 0 and step % every == 0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a global batch of `global_size` rows: how many targets it has, and the sum of its digests."""
+
+    parts: list[dict[str, np.ndarray]]
+    targets: int
+    digests: Sequence[float]
+    global_size: int
+
+
+NO_BATCH = Batch([], 0, [0.0] * HASH_SUMS, 0)
+
+
+def prepared(
+    batches: Iterator[Rows | ExampleRows], collate: Callable, train: TrainConfig, step: int
+) -> Iterator[Batch]:
+    """This rank's batches from the one after `step` steps on."""
+    with contextlib.closing(batches):
+        for number, rows in enumerate(batches, step):
+            now = at_step(train, number)
+            parts = [collate(part) for part in split(rows, now.micro_batch_size)]
+            targets = sum(int((part["labels"] != IGNORE).sum()) for part in parts)
+            yield Batch(parts, targets, digest_sums(rows.digests()), now.global_batch_size)
 
 
 def split(rows: Rows | ExampleRows, size: int) -> Iterator[Rows | ExampleRows]:
@@ -125,10 +198,7 @@ def agree_on_state(stream: Stream | ExampleStream, step: int, told: set, log: Lo
     return stream.state(step)
 
 
-def agree_on_batch(rows: Rows | ExampleRows, labels: list[np.ndarray]) -> tuple[int, str]:
-    """(targets of the global batch, its hash in global order), the same on every rank, by one small gather."""
-    counts = np.concatenate([(part != IGNORE).reshape(len(part), -1).sum(1) for part in labels])
-    mine = torch.from_numpy(np.column_stack([rows.digests().view(np.int64), counts]))
-    everything = all_gather_tensor(mine).transpose(0, 1).flatten(0, 1).numpy()  # rank r holds rows r::w
-    hashed = batch_hash(np.ascontiguousarray(everything[:, :2]).view(np.uint8))
-    return int(everything[:, 2].sum()), hashed
+def scaling(engine: Engine, skipped: int) -> dict[str, float]:
+    """What the journal has of fp16 besides."""
+    scale = engine.loss_scale
+    return {"loss_scale": scale["cur_scale"], "skipped_steps": skipped} if scale else {}

@@ -56,14 +56,14 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(guard):
     os.kill(os.getpid(), signal.SIGHUP)
     with stops_as_ctrl_c():
         os.kill(os.getpid(), signal.SIGHUP)
-    assert watching.received == 0 and watching.agreed_stop() is None
+    assert watching.received == 0 and watching.agreed_now() is None
 
 
 def test_a_script_that_started_the_launcher_and_is_gone_is_noticed(guard, monkeypatch):
     script = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("PRETRAIN_LAUNCH", f"{script.pid}-12345")
     watching = guard(GuardConfig("stop"))
-    assert watching.agreed_stop() is None
+    assert watching.agreed_now() is None
     script.kill()
     script.wait()
-    assert watching.agreed_stop() == "the launcher is gone"
+    assert watching.agreed_now() == "the launcher is gone"

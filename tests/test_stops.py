@@ -82,7 +82,7 @@ def test_a_signal_is_answered_at_once(train, environment):
         said = iter(process.stdout.readline, "")
         told = next(line for line in said if line.startswith("SIG"))
         assert told.startswith(
-            "SIGINT: the run saves after this step and stops (Ctrl-C again: at once, unsaved); the same"
+            "SIGINT: the run saves within two steps and stops (Ctrl-C again: at once, unsaved); the same"
         )
         assert process.wait(600) == STOPPED
     (stop,), saves = (events(train.root / "answered", kind) for kind in ("stopped", "saved"))
@@ -188,12 +188,12 @@ def test_a_tool_says_what_there_is_of_its_work(capsys, options, said):
 
 
 HELD_BACK = """
-import sys, time
-from pathlib import Path
+import sys
 from types import SimpleNamespace as Facts
 from pretrain import entry
+from pretrain.config import compose
 sys.argv[1:] = ["run.name=x", "data.train=x"]
-config = Facts(run=Facts(folder=Path({folder!r})), train=Facts(precision="fp32"), log=Facts(sample_tokens=0))
+config = compose.compose("pretrain", ["run.root={root}", "run.name=agreeing", "log.sample_tokens=0"])
 entry.main("pretrain", lambda *_: Facts(config=config))
 """
 
@@ -202,7 +202,7 @@ def test_a_signal_while_the_ranks_agree_ends_them_at_once(train, environment):
     """The main rank waits for what is left of its launch, the other one for the main rank."""
     job = {"SLURM_JOB_ID": "19"}
     with training(train, environment, "agreeing", **job):
-        program = HELD_BACK.format(folder=str(train.root / "agreeing"))
+        program = HELD_BACK.format(root=train.root)
         line = forked.program("-c", program, ranks=2)
         env = environment | job | {"SLURM_RESTART_COUNT": "1"}
         both = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)

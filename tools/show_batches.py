@@ -6,6 +6,7 @@ and the hash is the journal's `batch_hash`.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--world {args.world} does not divide the global batch of {phase.global_batch_size} samples")
     rows = stream.rows(stream.numbers(args.step - 1))
     print(f"{folder}, step {args.step}: {phase.global_batch_size} rows of {phase.seq_len} tokens, "
-          f"{compare(folder, args.step, batch_hash(rows.digests()))}")  # fmt: skip
+          f"{compare(folder, args.step, rows.digests())}")  # fmt: skip
     wanted = np.arange(args.rank or 0, len(rows.tokens), args.world if args.rank is not None else 1)
     places = stream.places(rows.sample_numbers)
     tokenizer = load_tokenizer(folder)
@@ -60,13 +61,15 @@ def open_stream(run: Path) -> Stream:
     return stream
 
 
-def compare(folder: Path, step: int, found: str) -> str:
-    """The hash of a batch in words, beside the journal's when the step is done."""
+def compare(folder: Path, step: int, digests: np.ndarray) -> str:
+    """The hash of a batch in words, beside the journal's when the step is done, by this version or an earlier one."""
+    found, earlier = batch_hash(digests), hashlib.sha256(digests.tobytes()).hexdigest()[:16]
     journal = read_lines(folder / "metrics.jsonl")
     recorded = next((row["batch_hash"] for row in journal if row["step"] == step), None)
     if recorded is None:
         return f"batch hash {found} (not trained on yet)"
-    return f"batch hash {found} ({'as in the journal' if recorded == found else 'the journal has ' + recorded})"
+    is_same = recorded in (found, earlier)
+    return f"batch hash {found} ({'as in the journal' if is_same else 'the journal has ' + recorded})"
 
 
 def show(row: int, rows: Rows, place: dict, tokenizer: Tokenizer, characters: int) -> None:

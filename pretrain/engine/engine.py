@@ -1,6 +1,6 @@
 """One training step under DeepSpeed ZeRO, whatever the split into ranks, micro-batches and accumulation steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import deepspeed
@@ -11,19 +11,38 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 
 from pretrain import optim
 from pretrain.config.schema import OptimConfig
-from pretrain.dist import Ranks, all_reduce_sum
-from pretrain.engine.fragments import Whole, layout_of
+from pretrain.dist import HostCopy, LateSum, Ranks
+from pretrain.engine.fragments import Whole, WholeWithCopies, layout_of
 from pretrain.stream.order import hash_key
 
 MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
 LossRows = Callable[..., torch.Tensor]
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scale
+
+
+class Step:
+    """A step that is under way. Its figures are read when the next one is: until then nothing waits for the device."""
+
+    def __init__(self, sums: LateSum, norm: torch.Tensor | float, skipped: bool):
+        self.sums, self._norm = sums, HostCopy(torch.as_tensor(norm))
+        self.skipped = skipped  # because gradients overflowed in fp16: nothing was updated
+
+    def read(self) -> tuple[float, float]:
+        """The global mean loss in nats a target token, and the gradient norm before clipping."""
+        return self.sums.read()[0], self._norm.read().item()
+
+    @property
+    def tallies(self) -> list[float]:
+        """What was given to be added up over the ranks."""
+        return self.sums.read()[1:]
 
 
 @contextmanager
 def placed(device: torch.device, settings: dict) -> Iterator[None]:
     """Modules are made where they live and in the precision that they compute in, not in fp32 on the host first."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32)
+    torch.set_default_dtype(next((kind for name, kind in LOW.items() if settings[name]["enabled"]), torch.float32))
     try:
         with device:
             yield
@@ -62,16 +81,34 @@ class Engine:
         )
         self.parameters = dict(self.engine.module.named_parameters())
         self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank, optim_config.name)
+        self._scaler = None
+        if settings["fp16"]["enabled"]:  # the second name is that of stage 0
+            self._scaler = getattr(optimizer, "loss_scaler", None) or optimizer.loss_scale_config
 
-    def step(self, micro_batches: list[MicroBatch], targets: int, lr: float, seed: int = 0) -> tuple[float, float]:
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """What fp16 multiplies the loss with, and since when; nothing in other precisions. For checkpoints."""
+        if self._scaler is None:
+            return {}
+        return {name: getattr(self._scaler, name) for name in SCALER_STATE if hasattr(self._scaler, name)}
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, float]) -> None:
+        for name in self.loss_scale.keys() & state.keys():
+            setattr(self._scaler, name, state[name])
+
+    def step(
+        self, micro_batches: list[MicroBatch], targets: torch.Tensor | int, lr: float, seed: int = 0,
+        tallies: Sequence[float] = (),
+    ) -> Step:  # fmt: skip
         """One update from this rank's micro-batches, any number of them, of a global batch with `targets` target
-        tokens. Returns the global mean loss in nats a target token and the gradient norm before clipping.
+        tokens. `tallies` are added up over the ranks beside the loss, in the one small sum of a step.
 
         The gradient is that of the mean over all targets of the global batch, however it is split: DeepSpeed averages
         over the ranks, so each row's sum is scaled by ranks / targets. A batch may happen to have none: its loss is 0.
         Dropout is a function of (`seed`, rank, micro-batch).
         """
-        targets = max(targets, 1)
+        targets = torch.as_tensor(targets, dtype=torch.float64, device=self.device).clamp(min=1)
         for group in self.layout.torch_optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.engine.train()
@@ -82,19 +119,25 @@ class Engine:
 
         if across := getattr(self.loss_rows, "across", None):
             micro_batches = across(torch.no_grad()(forward), micro_batches)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = None
+        sums = torch.tensor([0.0, *tallies], dtype=torch.float64).to(self.device, non_blocking=True)
+        scale, norm = self.world_size / targets, None
         for index in range(len(micro_batches)):
             is_last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would count to a fixed number
             loss_sum = forward(index, self.loss_rows).sum()
-            total += loss_sum.detach()
-            self.engine.backward(loss_sum * (self.world_size / targets), scale_wrt_gas=False)
+            sums[0] += loss_sum.detach()
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             if is_last and type(self.layout) is Whole:  # here DeepSpeed tells none
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            if is_last:
+                sums[0] /= targets
+                late, loss_scale = LateSum(sums), self.loss_scale
             self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return all_reduce_sum(total.cpu()).item() / targets, float(norm)
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        if loss_scale and type(self.layout) is WholeWithCopies:  # here DeepSpeed tells that of the scaled loss
+            norm = norm / loss_scale["cur_scale"]
+        return Step(late, norm, bool(loss_scale) and self.layout.optimizer.overflow)
 
     @torch.no_grad()
     def evaluate(self, score_rows: LossRows, **micro_batch: torch.Tensor) -> torch.Tensor:

@@ -110,4 +110,4 @@ def _negatives(mine: Pairs, everyone: Pairs, temperature: float) -> Iterator[tup
 
 
 def _of_all_ranks(values: torch.Tensor) -> torch.Tensor:
-    return all_gather_tensor(values.cpu()).flatten(0, 1).to(values.device)
+    return all_gather_tensor(values).flatten(0, 1)

@@ -79,7 +79,7 @@ def build(stage: int, micro: int, dropout: float, ranks: dist.Ranks, device: tor
 
 def compared(built: Engine, micro: int, dropout: float, ranks: dist.Ranks) -> dict:
     """A step of the engine beside the plain graph."""
-    loss, norm = built.step(micro_batches(micro, ranks.rank, ranks.world_size), BATCH, 1e-3, SEED)
+    loss, norm = built.step(micro_batches(micro, ranks.rank, ranks.world_size), BATCH, 1e-3, SEED).read()
     expected, gradient = plain(dropout, micro, ranks.world_size)
     found = [  # AdamW's first moment after one step: (1 - beta1) times the gradient
         (f.values / (1 - CONFIG.optim.beta1), gradient[f.name].view(-1)[f.offset : f.offset + len(f.values)])

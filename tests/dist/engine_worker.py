@@ -132,7 +132,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
         batch = {name: part[:rows] for name, part in everything.items()}
         targets = int((batch["labels"] != IGNORE).sum())
         mine = micro_batches(batch, micro, ranks)
-        found.append(built.step(mine, targets, 1e-2)[0])
+        found.append(built.step(mine, targets, 1e-2).read()[0])
         assert len(mine) == rows // ranks.world_size // micro
         for group in torch_optimizer.param_groups:
             group["lr"] = 1e-2
@@ -165,7 +165,7 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     found = []
     for its_labels in (labels, torch.full_like(labels, IGNORE), labels):
         mine = micro_batches({"inputs": inputs, "labels": its_labels}, built.micro, ranks)
-        found.append(built.step(mine, int((its_labels != IGNORE).sum()), 1e-2))
+        found.append(built.step(mine, int((its_labels != IGNORE).sum()), 1e-2).read())
     return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 
 
@@ -174,7 +174,7 @@ def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
     losses, norms = [], []
     for k in range(first, first + steps):
         parts = micro_batches({"inputs": TOKENS[k % 2, :, :-1], "labels": LABELS[k % 2]}, built.micro, ranks)
-        loss, norm = built.step(parts, int((LABELS[k % 2] != IGNORE).sum()), 1e-2)
+        loss, norm = built.step(parts, int((LABELS[k % 2] != IGNORE).sum()), 1e-2).read()
         losses.append(loss)
         norms.append(norm)
     owned = [[f.name, f.kind, f.offset, len(f.values)] for f in built.layout.fragments_to_save()]

@@ -15,7 +15,7 @@ import torch
 from pretrain import dist, entry, finetune, hardware
 from pretrain.config import compose
 from pretrain.engine.fragments import WEIGHT
-from pretrain.loop import agree_on_batch, on_device, split
+from pretrain.loop import on_device, prepared
 from pretrain.plan import Plan
 
 
@@ -45,9 +45,8 @@ def one_step(plan: Plan, ranks: dist.Ranks, device: torch.device) -> dict[str, f
     entry.start_from(None, trainer, plan)
     before = {f.name: f.values.clone() for f in trainer.layout.fragments() if f.kind == WEIGHT}
     rows = plan.stream.rows(plan.stream.numbers(0))
-    parts = [plan.collate(part) for part in split(rows, plan.config.train.micro_batch_size)]
-    targets, _ = agree_on_batch(rows, [part["labels"] for part in parts])
-    trainer.step([on_device(part, device) for part in parts], targets, plan.config.optim.lr)
+    [batch] = prepared((each for each in [rows]), plan.collate, plan.config.train, 0)
+    trainer.step([on_device(part, device) for part in batch.parts], batch.targets, plan.config.optim.lr)
     after = {f.name: f.values for f in trainer.layout.fragments() if f.kind == WEIGHT}
     return {name: float((after[name] - value).abs().max()) for name, value in before.items()}
 

@@ -49,7 +49,7 @@ def run(stage: int, ranks: dist.Ranks, device: torch.device) -> dict:
 def step(built: Engine, ranks: dist.Ranks) -> float:
     tokens = TOKENS[ranks.rank]
     batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
-    return built.step([batch], 2 * 2 * 16, 1e-2)[0]
+    return built.step([batch], 2 * 2 * 16, 1e-2).read()[0]
 
 
 def loss_rows(model, inputs, labels):

@@ -1,16 +1,30 @@
-"""Run under torchrun by test_scale.py: what DeepSpeed's further settings change of the results, as JSON.
+"""Run under torchrun by test_scale.py: what a step says to other ranks; on 4, what further settings change. As JSON.
 
-torchrun --nproc-per-node 4 tests/dist/scale_worker.py OUT.json
+torchrun --nproc-per-node 4 tests/dist/scale_worker.py SHARDS OUT.json
 """
 
+import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import deepspeed.utils.groups
-from engine_worker import build, train
+import torch
+from engine_worker import build, is_in_one_go, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pretrain import dist
+from pretrain import dist, entry
+from pretrain import train as train_entry
+from pretrain.config import compose
+from pretrain.engine import memory
+from pretrain.guard import REASONS
+from pretrain.stream.stream import HASH_SUMS
+
+RUN = ["model=llama_tiny", "model.layers=2", "train.seq_len=32", "train.micro_batch_size=2", "log=none",
+       "log.sample_tokens=0", "train.save_every=0", "train.eval_every=0", "train.steps=3"]  # fmt: skip
+OURS = 8 * (1 + 1 + HASH_SUMS + len(REASONS))  # bytes: the loss, the next batch's targets, its digests, reasons to stop
 
 SMALL = {"stage3_param_persistence_threshold": 0}  # or the whole of so small a model is kept on every rank
 # By stage: values of each setting that its default is not, and that change something of what this model goes through.
@@ -30,18 +44,67 @@ OTHERS = [{"communication_data_type": "bf16"}, {"wall_clock_breakdown": True}, {
           {"flops_profiler": {"enabled": True, "profile_step": 1, "output_file": "/dev/null"}}]  # fmt: skip
 
 
-def main(out: Path) -> None:
+def main(shards: str, out: Path) -> None:
     ranks = dist.from_environment()
     device = dist.start(ranks)
+    spoken = {f"{precision}-{stage}": spoken_in_a_step(precision, stage, shards, out.parent / "runs", ranks, device)
+              for precision in ("fp32", "bf16") for stage in range(4)}  # fmt: skip
+    extras = tried(ranks, device) if ranks.world_size == 4 else {}
+    if ranks.is_main:
+        out.write_text(json.dumps({"spoken": spoken} | extras))
+    dist.finish(0)
+
+
+class Spoken(TorchDispatchMode):
+    """Notes the collectives of this thread in turn: name, and the bytes that a rank gives, or gets of a scatter."""
+
+    def __init__(self, journal: Path):
+        super().__init__()
+        self.said: list[tuple[str, int]] = []
+        self.rows: list[int] = []  # of the journal, when the sum of each step begins
+        self._journal = journal
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            given = args[1] if "gather" in func.__name__ else args[0]  # beside where the answer goes
+            size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
+            self.said.append((func.__name__.partition(".")[0], size))
+            if self.said[-1] == ("allreduce_", OURS):
+                self.rows.append(self._journal.read_text().count("\n"))
+        return func(*args, **(kwargs or {}))
+
+
+def spoken_in_a_step(precision: str, stage: int, shards: str, root: Path, ranks, device) -> dict:
+    """[collective, bytes, how often] of one step of a real run, of 2 micro-batches: between the sums of two steps."""
+    accumulation = 1 if is_in_one_go(stage, precision) else 2
+    sys.argv = [sys.argv[0], f"run.root={root}", f"run.name={precision}-{stage}", f"data.train={shards}", *RUN,
+                f"train.precision={precision}", f"deepspeed=zero{stage}",
+                f"train.global_batch_size={2 * accumulation * ranks.world_size}"]  # fmt: skip
+    plan = train_entry.make_plan(compose.from_command_line("pretrain", entry.model_of), ranks)
+    with Spoken(plan.config.run.folder / "metrics.jsonl") as spoken:
+        entry.run(plan, ranks, device)
+    ours = [number for number, said in enumerate(spoken.said) if said == ("allreduce_", OURS)]
+    steps = [spoken.said[first:last] for first, last in itertools.pairwise(ours)]
+    assert len(steps) == 2 and steps[0] == steps[1], steps
+    parameters, trained = memory.counts(plan.model)
+    step = sorted([*said, count] for said, count in Counter(steps[0]).items())
+    return {
+        "rows": spoken.rows,
+        "step": step,
+        "parameters": parameters,
+        "trained": trained,
+        "accumulation": accumulation,
+    }
+
+
+def tried(ranks, device) -> dict:
     found = []
-    for part in ("all", "lora"):
-        for stage, settings in EXTRAS.items():
-            found += [case(part, stage, {"zero_optimization": each}, ranks, device) for each in settings]
+    for part, stages in (("all", (1, 2, 3)), ("lora", (3,))):
+        for stage in stages:
+            found += [case(part, stage, {"zero_optimization": each}, ranks, device) for each in EXTRAS[stage]]
     found += [case("all", 1, each, ranks, device) for each in OTHERS]
     plain = {part: case(part, 1, {}, ranks, device)["losses"] for part in ("all", "lora")}
-    if ranks.is_main:
-        out.write_text(json.dumps({"plain": plain, "found": found}))
-    dist.finish(0)
+    return {"plain": plain, "found": found}
 
 
 def case(part: str, stage: int, extra: dict, ranks, device) -> dict:
@@ -52,4 +115,4 @@ def case(part: str, stage: int, extra: dict, ranks, device) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

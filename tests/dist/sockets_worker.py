@@ -13,10 +13,10 @@ import torch
 
 from pretrain import dist
 from pretrain.config import compose
+from pretrain.dist import all_gather_tensor
 from pretrain.engine.engine import Engine
 from pretrain.engine.settings import deepspeed_config
 from pretrain.guard import Guard
-from pretrain.loop import all_gather_tensor
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
 from tests.models import SMALL, fill_engine, initial_values
@@ -36,7 +36,7 @@ def main(out: Path) -> None:
     for _ in range(2):
         all_gather_tensor(torch.zeros(4, dtype=torch.int64))
         built.step([batch], 8 * ranks.world_size, 1e-3)
-        Guard(cfg.guard).agreed_stop()
+        Guard(cfg.guard).agreed_now()
         dist.agree(lambda: None, background)
     dist.barrier()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,22 +1,54 @@
-"""What further settings of DeepSpeed change, on 4 real ranks: speed and memory, never the results."""
+"""What ranks say to each other in a step, and what further settings of DeepSpeed change: speed, never the results."""
+
+import functools
 
 import pytest
 
 from pretrain.config import compose
 from pretrain.engine.settings import EXTRA_KEYS, ZERO_KEYS, deepspeed_config
 
+# Collectives of a step of two micro-batches (one at stage 0 in bf16), those of single numbers counted.
+SAID = {"fp32-0": 3, "fp32-1": 6, "fp32-2": 7, "fp32-3": 25, "bf16-0": 2, "bf16-1": 4, "bf16-2": 8, "bf16-3": 25}
+
 
 @pytest.fixture(scope="module")
-def results(worker):
-    return worker("scale_worker.py", ranks=4)
+def results(worker, shards):
+    """{number of ranks: what scale_worker.py found}."""
+    return functools.cache(lambda ranks: worker("scale_worker.py", shards / "train", ranks=ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_ranks_say_in_a_step(results, ranks):
+    """The formula of pretrain/engine/README.md: one small sum of ours, and what the stage asks for."""
+    for case, found in results(ranks)["spoken"].items():
+        precision, stage = case.split("-")
+        stage, low = int(stage), 4 if precision == "fp32" else 2
+        assert found["rows"] == [0, 0, 1], "the figures of a step are read when the next one is under way"
+        trained, micro_batches = found["trained"], found["accumulation"]
+        small = [said for said in found["step"] if said[1] <= 88]
+        assert ["allreduce_", 88, 1] in small and sum(count for *_, count in small if count < 5) <= 4, (
+            "sums of a number"
+        )
+        reduced = {(name, size): count for name, size, count in found["step"] if size > 88 and "gather" not in name}
+        gathered = sum(size * count for name, size, count in found["step"] if "gather" in name)
+        if stage < 3:
+            times = micro_batches if stage == 2 else 1
+            assert reduced == {("allreduce_", 4 * trained): times}
+            assert gathered == (pytest.approx(low * trained / ranks, rel=0.001) if stage else 0)
+        else:
+            [((name, size), times)] = reduced.items()
+            assert (name, times) == ("_reduce_scatter_base_", micro_batches)
+            assert size == pytest.approx(4 * trained / ranks, rel=0.01)
+            assert gathered == pytest.approx(low * found["parameters"] / ranks, rel=0.01)
+        assert sum(count for *_, count in found["step"]) == SAID[case], "whatever the number of ranks"
 
 
 def test_further_settings_change_no_result(results):
     """Parts gathered within a node (hpz) too, whether all of the model learns or adapters beside what does not."""
     tried, tops = set(), {"zero_optimization"}
-    for case in results["found"]:
+    for case in results(4)["found"]:
         rel = 0.01 if case["extra"].get("communication_data_type") == "bf16" else 1e-6
-        assert case["losses"] == pytest.approx(results["plain"][case["part"]], rel=rel), case
+        assert case["losses"] == pytest.approx(results(4)["plain"][case["part"]], rel=rel), case
         tried |= set(case["extra"].get("zero_optimization", {}))
         tops |= set(case["extra"])
     assert tried == set(ZERO_KEYS) and tops == set(EXTRA_KEYS), "what is passed on is tried here"
