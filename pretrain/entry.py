@@ -35,7 +35,7 @@ from pretrain.hub import convert
 from pretrain.inference import generate
 from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.initial import fill_initial
-from pretrain.plan import Plan, check_sample, facts_of_data, notes, reasons, what_would_run, writes_sample
+from pretrain.plan import Plan, check_sample, disagreement, facts_of_data, notes, reasons, what_would_run, writes_sample
 from pretrain.report import page
 from pretrain.report.log import Log
 from pretrain.stream.stream import DataError
@@ -92,6 +92,8 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
     except ValueError as error:
         mistake = mistake or (MISTAKE, str(error))
     refuse(dist.all_gather_objects(mistake), ranks)
+    if differing := disagreement(plan):
+        refuse([(MISTAKE, differing)], ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     return plan, ranks, device
 

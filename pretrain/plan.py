@@ -1,12 +1,15 @@
 """A run that passed every check, and what there is to say of it before it starts."""
 
+import hashlib
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.checkpoint.manifest import committed
 from pretrain.config.held_out import told_of_trained_on
-from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.schema import Config, ModelConfig, flatten
+from pretrain.dist import all_gather_objects
 from pretrain.engine.engine import LossRows
 from pretrain.evaluation.validation import Evaluation
 from pretrain.examples.stream import ExampleStream
@@ -53,6 +56,20 @@ def notes(plan: Plan) -> list[str]:
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip
     return found
+
+
+def disagreement(plan: Plan) -> str | None:
+    """Why the ranks cannot run together, the same on all: one has another configuration or other data; or None."""
+    mine = {key: str(value) for key, value in (flatten(plan.config) | plan.identity).items()}
+    if len(set(all_gather_objects(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()))) == 1:
+        return None
+    everyone = all_gather_objects([socket.gethostname(), mine])  # long, and only now
+    host, first = everyone[0]
+    rank, (other, found) = next((rank, its) for rank, its in enumerate(everyone) if its[1] != first)
+    listed = "; ".join(f"{key}: {first.get(key)} there, {found.get(key)} here"
+                       for key in first | found if first.get(key) != found.get(key))  # fmt: skip
+    return (f"rank {rank} on {other} has another configuration than rank 0 on {host}: {listed}. Start all nodes with "
+            "the same command, version and data")  # fmt: skip
 
 
 def facts_of_data(plan: Plan) -> dict[str, str]:

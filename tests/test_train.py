@@ -178,6 +178,26 @@ def test_a_mistake_has_one_voice_on_two_ranks(train):
     assert done.returncode != 0 and not (train.root / "mistaken").exists()
 
 
+OF_ANOTHER_NODE = """
+import os, sys
+sys.argv += ["optim.lr=0.5"] if os.environ["RANK"] == "1" else []
+from pretrain import entry, train
+entry.main("pretrain", train.make_plan)
+"""
+
+
+def test_nodes_with_different_configurations_are_told_apart(train, environment):
+    line = command(2, f"run.root={train.root}", "run.name=mistaken", f"data.train={train.shards}", "data.val=null")
+    where = line.index("pretrain.train")
+    line[where - 1 : where + 1] = "-c", OF_ANOTHER_NODE
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stderr.count("error: rank 1 on ") == 1 and "Traceback" not in done.stderr
+    assert (
+        "has another configuration than rank 0 on" in done.stderr and "optim.lr: 0.003 there, 0.5 here." in done.stderr
+    )
+    assert done.returncode != 0 and not (train.root / "mistaken").exists()
+
+
 def test_data_and_tokenizer_mistakes(train, tmp_path, environment):
     empty = tmp_path / "empty"
     empty.mkdir()
