@@ -6,6 +6,8 @@ torchrun, the deepspeed launcher and `launch/slurm.sbatch` set RANK, LOCAL_RANK,
 MASTER_PORT; without them the process is a world of its own.
 """
 
+import hashlib
+import json
 import os
 import re
 import resource
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,13 +191,36 @@ def agree(action: Callable[[], object], group: torch_dist.ProcessGroup | None = 
     return next(filter(None, all_gather_objects(error, group)), None)
 
 
-def all_gather_tensor(values: torch.Tensor) -> torch.Tensor:
-    """Every rank's tensor of one shape, stacked: [world, *shape], by the group of its device."""
+def all_gather_tensor(values: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Every rank's tensor of one shape, stacked: [world, *shape], by the group of its device or by `group`."""
     if not torch_dist.is_initialized():
         return values[None]
-    gathered = values.new_empty((torch_dist.get_world_size(), *values.shape))
-    torch_dist.all_gather(list(gathered.unbind(0)), values.contiguous())
+    gathered = values.new_empty((torch_dist.get_world_size(group), *values.shape))
+    torch_dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=group)
     return gathered
+
+
+def send_json(value: Any, rank: int, group: torch_dist.ProcessGroup) -> None:
+    """Send a JSON-like value to one rank, which calls `receive_json`."""
+    data = torch.frombuffer(bytearray(json.dumps(value, separators=(",", ":")).encode()), dtype=torch.uint8)
+    torch_dist.send(torch.tensor([len(data)]), rank, group=group)
+    torch_dist.send(data, rank, group=group)
+
+
+def receive_json(rank: int, group: torch_dist.ProcessGroup) -> Any:
+    """What `rank` sends by `send_json`."""
+    size = torch.zeros(1, dtype=torch.int64)
+    torch_dist.recv(size, rank, group=group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    torch_dist.recv(data, rank, group=group)
+    return json.loads(data.numpy().tobytes())
+
+
+def this_node() -> int:
+    """A number that tells the machine of this process from all others, the same for its containers of one name."""
+    booted = Path("/proc/sys/kernel/random/boot_id")  # hosts that all have the same name differ by this
+    name = socket.gethostname() + (booted.read_text(encoding="utf-8") if booted.exists() else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ import torch
 
 from pretrain import console, dist, hardware, loop, run_folder
 from pretrain.checkpoint import load
-from pretrain.checkpoint.load import Weights, load_model, read_header
-from pretrain.checkpoint.manifest import step_folder
+from pretrain.checkpoint.load import Weights, load_model
+from pretrain.checkpoint.manifest import Reader, step_folder
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.cli import FAILED, FINISHED, HELD, MISTAKE, STOPPED, Held, stops_as_ctrl_c
 from pretrain.config import compose
@@ -167,7 +167,7 @@ def check_initial_weights(cfg: Config, model: ModelConfig, ranks: dist.Ranks) ->
     """
     weights, new = convert.open_model(Path(cfg.init), model), {}
     if isinstance(weights, Weights):
-        load.verify(weights.checkpoint, ranks)
+        weights.verify(ranks)
     elif ranks.is_main:
         weights.check_copies()
     for name, shape in parameter_shapes(model).items():
@@ -214,7 +214,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
     )  # fmt: skip
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)
-    checkpoints = Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event)
+    file_bytes = int(cfg.train.checkpoint_file_gb * 1e9)
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, cfg.train.keep_checkpoints, log.event, file_bytes)
     data = loop.Data(plan.stream, plan.collate, plan.validation, best)
     model = loop.ModelFacts(asdict(plan.model), plan.flops_per_token, peak * ranks.world_size)
     if start_step >= cfg.train.steps:
@@ -299,11 +300,10 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
     return Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale)
 
 
-def start_from(found: Path | None, trainer: Engine, plan: Plan) -> int:
+def start_from(found: Reader | None, trainer: Engine, plan: Plan) -> int:
     """Fill the engine from a checkpoint, or from `init`, or with initial values; returns the steps done."""
     if found is not None:
-        before = read_header(found)
-        plan.stream.resume(before.state, before.step)
+        plan.stream.resume(found.header.state, found.header.step)
         header = load.fill(found, trainer.layout.fragments())
         trainer.layout.refresh(header.optimizer_steps)
         return header.step

@@ -67,7 +67,9 @@ INSIDE = {
         "fragments": set(), "settings": set(), "memory": {"settings"}, "engine": {"fragments"},
     },
     "checkpoint": {
-        "tensors": set(), "manifest": {"tensors"}, "load": {"manifest"}, "save": {"manifest", "tensors"},
+        "sections": set(), "tensors": {"sections"}, "placement": {"tensors"}, "staging": {"placement", "tensors"},
+        "manifest": {"placement", "sections", "tensors"}, "load": {"manifest"},
+        "save": {"manifest", "placement", "sections", "staging", "tensors"},
     },
     "evaluation": {
         "harness": set(), "memorization": set(), "metrics": set(), "validation": set(), "suite": {"metrics"},

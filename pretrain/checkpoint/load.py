@@ -4,7 +4,6 @@ Any ZeRO stage at any number of ranks loads any checkpoint: a rank fills the fra
 overlap them.
 """
 
-import functools
 import json
 import os
 import time
@@ -19,9 +18,7 @@ from pretrain.checkpoint.manifest import (
     Header,
     Reader,
     committed,
-    read_manifest,
     step_folder,
-    verify_file,
 )
 from pretrain.config.schema import ADDED_TO_MODELS, ModelConfig
 from pretrain.dist import ALONE, Ranks, agree, all_gather_objects
@@ -33,12 +30,13 @@ from pretrain.model.lora import adapted, merged, without_lora
 BAD = "bad-"
 
 
-def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | None:
+def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Reader | None:
     """The newest checkpoint that verifies, the ranks sharing the reading. One that does not is renamed and reported."""
+    opened: list[Reader] = []
     for candidate in map(Path, all_gather_objects([str(path) for path in committed(folder)])[0]):
-        error = agree(functools.partial(verify, candidate, ranks))
+        error = agree(lambda path=candidate: opened.append(verified(path, ranks)))
         if not error:
-            return candidate
+            return opened[-1]
         if ranks.is_main:
             bad = candidate.with_name(f"{BAD}{candidate.name}-{int(time.time())}")
             os.rename(candidate, bad)
@@ -46,30 +44,29 @@ def choose(folder: Path, ranks: Ranks, on_event: Callable[..., None]) -> Path | 
     return None
 
 
-def verify(checkpoint: Path, ranks: Ranks = ALONE, on_bytes: Callable[[int], object] = lambda count: None) -> None:
-    """Raise `ValueError` when a file of this rank's share is missing, short or changed. `on_bytes`: what was read."""
-    for file in read_manifest(checkpoint)["files"][ranks.rank :: ranks.world_size]:
-        verify_file(checkpoint, file)
-        on_bytes(file["bytes"])
+def verified(checkpoint: Path, ranks: Ranks) -> Reader:
+    """A checkpoint of which this rank has verified its share."""
+    reader = Reader(checkpoint)
+    reader.verify(ranks)
+    return reader
 
 
 def read_header(checkpoint: Path) -> Header:
     return Reader(checkpoint).header
 
 
-def fill(checkpoint: Path, fragments: Iterable[Fragment]) -> Header:
+def fill(checkpoint: Reader, fragments: Iterable[Fragment]) -> Header:
     """Fill the fragments from the overlapping saved ones, read lazily. `Layout.refresh` must follow."""
-    reader = Reader(checkpoint)
+    path, shapes = checkpoint.checkpoint, checkpoint.manifest["parameters"]
     for fragment in fragments:
-        if fragment.kind != WEIGHT and reader.header.optimizer == NO_OPTIMIZER:
-            run = run_of(checkpoint)
-            raise ValueError(f"{checkpoint} holds weights only, training cannot go on from it: start a new run with "
-                             f"init={run} instead")  # fmt: skip
-        shape = reader.manifest["parameters"].get(fragment.name)
+        if fragment.kind != WEIGHT and checkpoint.header.optimizer == NO_OPTIMIZER:
+            raise ValueError(f"{path} holds weights only, training cannot go on from it: start a new run with "
+                             f"init={run_of(path)} instead")  # fmt: skip
+        shape = shapes.get(fragment.name)
         if shape != list(fragment.shape):
-            raise ValueError(f"{checkpoint}: {fragment.name} has shape {shape}, the model {list(fragment.shape)}")
-        reader.fill(fragment.name, fragment.kind, fragment.offset, fragment.values)
-    return reader.header
+            raise ValueError(f"{path}: {fragment.name} has shape {shape}, the model {list(fragment.shape)}")
+        checkpoint.fill(fragment.name, fragment.kind, fragment.offset, fragment.values)
+    return checkpoint.header
 
 
 def run_of(run_or_checkpoint: Path) -> Path:
@@ -122,6 +119,10 @@ class Weights:
             listed = "; ".join(f"{name} has {saved.get(name)}, not {shapes.get(name)}" for name in wrong[:4])
             raise ValueError(f"{self.checkpoint}: {len(wrong)} shapes differing from its model's config: {listed}")
 
+    def verify(self, ranks: Ranks = ALONE, on_bytes: Callable[[int], object] = lambda count: None) -> None:
+        """Raise `ValueError` where a file is missing, short or changed (`Reader.verify`)."""
+        self._reader.verify(ranks, on_bytes)
+
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter."""
         return merged(self._saved_config, name, self._read_saved)
@@ -145,7 +146,7 @@ class Weights:
 def load_model(run_or_checkpoint: Path) -> torch.nn.Module:
     """The model of a checkpoint, or of a run's newest one, in fp32 on the CPU, ready to evaluate."""
     weights = Weights(run_or_checkpoint)
-    verify(weights.checkpoint)
+    weights.verify()
     return filled_model(weights.config, weights.read)
 
 

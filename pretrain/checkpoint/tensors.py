@@ -4,23 +4,21 @@ A file is eight bytes of length, a JSON header (name -> dtype, shape, place of t
 by the largest tensor both ways. Floating-point tensors come out as fp32, whatever they are stored in.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 
+from pretrain.checkpoint.sections import Section, Writer
 from pretrain.files import write_synced
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a Hugging Face folder has one of them
 READABLE = ("F32", "F16", "BF16")
-WRITABLE = {torch.float32: "F32", torch.bfloat16: "BF16"}
-WRITE_BYTES = 1 << 24  # the data goes to the file and the hash in parts of this size
+WRITABLE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPES = {name: dtype for dtype, name in WRITABLE.items()}
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,8 @@ class Written:
 
     name: str
     bytes: int
-    sha256: str
+    sections: list[Section]
     tensors: tuple[str, ...]
-
-
-def serialize(tensors: dict[str, torch.Tensor]) -> bytes:
-    """A whole file in memory."""
-    return safetensors.torch.save(tensors)
 
 
 class TensorFile:
@@ -128,37 +121,34 @@ def _files_of(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def header_bytes(specs: Iterable[Spec]) -> bytes:
+    """What a file begins with, before the data of these tensors, end to end; its size is a multiple of 8."""
+    place, entries = 0, ['"__metadata__":{"format":"pt"}']
+    for spec in specs:  # one by one: a whole header in one json.dumps would hold the GIL
+        kind, shape, end = WRITABLE[spec.dtype], list(spec.shape), place + spec.bytes
+        entry = f'{{"dtype":"{kind}","shape":{shape},"data_offsets":[{place},{end}]}}'
+        entries.append(f"{json.dumps(spec.name)}:{entry}")
+        place = end
+    text = f"{{{','.join(entries)}}}".encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_file(
     path: Path, specs: list[Spec], read: Callable[[str], torch.Tensor], on_bytes: Callable[[int], object]
 ) -> Written:
     """Write `read(name)` of each spec in turn. `on_bytes` is told of what is written."""
-    header, place = {"__metadata__": {"format": "pt"}}, 0
-    for spec in specs:
-        offsets = [place, place + spec.bytes]
-        header[spec.name] = {"dtype": WRITABLE[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        place += spec.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned
-    digest = hashlib.sha256()
     with open(path, "wb") as file:
-
-        def write(data: memoryview) -> None:
-            for start in range(0, len(data), WRITE_BYTES):
-                part = data[start : start + WRITE_BYTES]
-                file.write(part)
-                digest.update(part)
-                on_bytes(len(part))
-
-        write(memoryview(len(text).to_bytes(8, "little") + text))
+        writer = Writer(file.fileno(), 0, on_bytes)
+        writer.write(memoryview(header_bytes(specs)))
         for spec in specs:
             tensor = read(spec.name)
             assert tuple(tensor.shape) == spec.shape, f"{spec.name}: {tuple(tensor.shape)} is not {spec.shape}"
             flat = tensor.to(spec.dtype).reshape(-1).contiguous()
-            write(memoryview(flat.view(torch.uint8).numpy()))
+            writer.write(memoryview(flat.view(torch.uint8).numpy()))
             del tensor, flat  # before the next one is read
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(path.name, 8 + len(text) + place, digest.hexdigest(), tuple(spec.name for spec in specs))
+        sections = writer.finish()
+    return Written(path.name, sections[-1].end, sections, tuple(spec.name for spec in specs))
 
 
 def split(specs: Iterable[Spec], limit_bytes: int) -> list[list[Spec]]:

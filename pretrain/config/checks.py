@@ -58,11 +58,12 @@ POSITIVE = (
     "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "train.steps", "train.epochs", "train.save_every", "train.eval_every", "train.eval_samples",
-    "model.vocab_size", "model.kv_heads", "model.head_width", "model.ffn_width", "model.rope_original_positions",
-    "model.sliding_window", "model.global_every", "model.local_rope_theta", "model.segments", "model.labels",
-    "model.lora_rank", "model.logit_softcap", "objective.z_loss", "optim.weight_decay", "optim.grad_clip",
-    "schedule.warmup_steps", "log.sample_tokens", "task.stride", "task.generate_samples", "tuning.early_stopping",
+    "seed", "train.steps", "train.epochs", "train.save_every", "train.checkpoint_file_gb", "train.eval_every",
+    "train.eval_samples", "model.vocab_size", "model.kv_heads", "model.head_width", "model.ffn_width",
+    "model.rope_original_positions", "model.sliding_window", "model.global_every", "model.local_rope_theta",
+    "model.segments", "model.labels", "model.lora_rank", "model.logit_softcap", "objective.z_loss",
+    "optim.weight_decay", "optim.grad_clip", "schedule.warmup_steps", "log.sample_tokens", "task.stride",
+    "task.generate_samples", "tuning.early_stopping",
 )  # fmt: skip
 FRACTIONS = (
     "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "schedule.min_lr_ratio",

@@ -51,6 +51,7 @@ class TrainConfig:
     deterministic: bool
     save_every: int
     keep_checkpoints: int
+    checkpoint_file_gb: float
     eval_every: int
     eval_samples: int
     activation_checkpointing: bool
@@ -261,7 +262,7 @@ class Config:
 
 # Keys that models, training and tasks of earlier versions lack, with what those are.
 ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
-ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False}
+ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False, "checkpoint_file_gb": 4.0}
 ADDED_TO_TASKS = {"pooling": None}
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, filled_model, run_of
 from pretrain.checkpoint.save import write_weights
 from pretrain.checkpoint.tensors import Spec, write_folder
@@ -54,7 +53,7 @@ def load_model(path: Path) -> torch.nn.Module:
     """The model of a run, of one of its checkpoints, or of a Hugging Face folder, in fp32 on the CPU, ready to use."""
     weights = open_model(path)
     if isinstance(weights, Weights):
-        load.verify(weights.checkpoint)
+        weights.verify()
     else:
         weights.check_copies()
     return filled_model(weights.config, weights.read)
@@ -140,7 +139,7 @@ def export_hf(run: Path, output: Path, dtype: str = "fp32", shard_gb: float = 5.
         check_room(staging, size, "the exported model")
         saved = sum(file.stat().st_size for file in weights.checkpoint.glob("*.safetensors"))
         with tqdm(total=saved + size, desc="exporting", unit="B", unit_scale=True) as bar:
-            load.verify(weights.checkpoint, on_bytes=bar.update)
+            weights.verify(on_bytes=bar.update)
             write_folder(staging, specs, read_theirs, int(shard_gb * 1e9), bar.update)
         length = tuned_length(folder, config)
         for name, content in small_files(hf, tokenizer, config, task, length).items():

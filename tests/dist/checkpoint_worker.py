@@ -14,7 +14,7 @@ import torch
 
 from pretrain import dist
 from pretrain.checkpoint import load
-from pretrain.checkpoint.manifest import Header, committed
+from pretrain.checkpoint.manifest import Header, Reader, committed
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.engine.fragments import Fragment
 
@@ -79,7 +79,7 @@ def main(out: Path) -> None:
 
 def reload(folder: Path, cuts: list[float], ranks) -> bool:
     mine = fragments(0, cuts, ranks.rank)
-    load.fill(committed(folder)[0], mine)
+    load.fill(Reader(committed(folder)[0]), mine)
     return all(dist.all_gather_objects(correct(mine, 4)))
 
 
@@ -106,7 +106,7 @@ def damage(source: Path, folder: Path, ranks, kind: str) -> dict:
     if ranks.is_main:
         shutil.copytree(source, folder)
         newest = committed(folder)[0]
-        file = newest / ("manifest.json" if "manifest" in kind else "rank-00001.safetensors")
+        file = newest / ("manifest.json" if "manifest" in kind else "part-00000.safetensors")
         content = bytearray(file.read_bytes())
         if kind in ("missing", "no manifest"):
             file.unlink()
@@ -116,7 +116,7 @@ def damage(source: Path, folder: Path, ranks, kind: str) -> dict:
             content[-5] ^= 4
             file.write_bytes(content)
         else:
-            file.write_text(file.read_text().replace('"samples": 5', '"samples": 6'))
+            file.write_text(file.read_text().replace('"samples":5', '"samples":6'))
     dist.barrier()
     chosen = load.choose(folder, ranks, lambda kind, **facts: events.append([kind, facts]))
     loaded = fragments(0, [0, 0.5, 1], ranks.rank)

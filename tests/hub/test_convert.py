@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from pretrain import entry, hardware  # noqa: E402
 from pretrain.checkpoint import load  # noqa: E402
 from pretrain.checkpoint.load import Weights, load_model  # noqa: E402
-from pretrain.checkpoint.manifest import committed  # noqa: E402
+from pretrain.checkpoint.manifest import MANIFEST, Reader, committed, manifest_bytes  # noqa: E402
 from pretrain.checkpoint.save import write_weights  # noqa: E402
 from pretrain.checkpoint.tensors import TensorFolder  # noqa: E402
 from pretrain.cli import STOP_SIGNALS, STOPPED, uninterrupted  # noqa: E402
@@ -628,19 +628,18 @@ def test_training_cannot_go_on_from_weights_alone(run):
     ours = Weights(run)
     name, shape = next(iter(ours.shapes.items()))
     half = torch.zeros(ours.read(name).numel() // 2)
-    load.fill(first, [Fragment(name, WEIGHT, len(half), shape, half)])
+    load.fill(Reader(first), [Fragment(name, WEIGHT, len(half), shape, half)])
     assert torch.equal(half, ours.read(name).view(-1)[len(half) :])
     assert torch.equal(half[5:9], ours.read_range(name, len(half) + 5, 4))
     with pytest.raises(ValueError, match=f"weights only.*init={run}"):
-        load.fill(first, [Fragment(name, "exp_avg", 0, shape, half)])
+        load.fill(Reader(first), [Fragment(name, "exp_avg", 0, shape, half)])
 
 
 def test_a_checkpoint_of_other_shapes_than_its_config_is_named(run):
-    manifest = json.loads((run / "checkpoints/step-000000000/manifest.json").read_text())
-    del manifest["manifest_sha256"]
-    manifest["model"]["ffn_width"] = 48
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (run / "checkpoints/step-000000000/manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": digest}))
+    (first,) = committed(run / "checkpoints")
+    found = Reader(first)
+    header = replace(found.header, model=found.header.model | {"ffn_width": 48})
+    (first / MANIFEST).write_bytes(manifest_bytes(header, found.manifest["parameters"], found.files))
     with pytest.raises(ValueError, match=r"6 shapes differing.*ffn.up.weight has \(40, 24\), not \(48, 24\)"):
         load_model(run)
 
