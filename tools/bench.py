@@ -1,4 +1,4 @@
-"""python tools/bench.py [loss] [attention] [step] [data] [seek] [tokenize] [memory]
+"""python tools/bench.py [loss] [attention] [step] [data] [seek] [tokenize] [memory] [checkpoint]
 
 Measures one thing against another in one run, alternately, and prints the ratio of their medians. The machine's speed
 varies; ratios taken together do not. `data` compares with litdata and MosaicML Streaming where they are installed
@@ -63,10 +63,9 @@ def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object]
     seconds: tuple[list[float], list[float]] = ([], [])
     for round_number in range(ROUNDS + 1):
         for run, kept in zip((ours, theirs), seconds, strict=True):
-            start = time.perf_counter()
-            run()
+            seconds_taken = seconds_of(run)
             if round_number:
-                kept.append(time.perf_counter() - start)
+                kept.append(seconds_taken)
     mine, other = (statistics.median(values) for values in seconds)
     print(f"{title}: {names[0]} {1e3 * mine:.1f} ms, {names[1]} {1e3 * other:.1f} ms, ratio {mine / other:.4f}")
     return mine
@@ -95,12 +94,8 @@ def bench_attention(dtype: torch.dtype, precision: str) -> None:
     """The formula as written against the fused kernel, forward and backward, short and long."""
     for length in (256, 1024):
         q, k, v = (torch.randn(4, 4, length, 80).to(dtype).requires_grad_() for _ in range(3))
-        runs = [functools.partial(attend, route, q, k, v) for route in (plain, sdpa)]
+        runs = [lambda route=route, qkv=(q, k, v): route(*qkv, True, 0.0).sum().backward() for route in (plain, sdpa)]
         compare(f"attention over {length} tokens ({precision})", *runs, ("plain", "sdpa"))
-
-
-def attend(route: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    route(q, k, v, True, 0.0).sum().backward()
 
 
 def bench_step(dtype: torch.dtype, precision: str) -> None:
@@ -335,6 +330,11 @@ def bench_memory(dtype: torch.dtype, precision: str) -> None:
         print(f"memory: {what} {once:.0f} MiB, of ten times the data {ten_times:.0f} MiB, ratio {ten_times / once:.4f}")
 
 
+def bench_checkpoint(dtype: torch.dtype, precision: str) -> None:
+    """What a save costs, in a process of its own, whose memory nothing else takes."""
+    subprocess.run([sys.executable, Path(__file__).with_name("bench_checkpoint.py")], check=True)
+
+
 DATA_TOKENS, DATA_ROWS, DATA_WIDTH, DATA_BATCHES = 32 << 20, 32, 1025, 64
 DATA_READERS = {  # name -> (the module it needs, how it is written and opened)
     "pretrain": ("pretrain", ours), "flat memmap": ("numpy", flat_memmap),
@@ -343,7 +343,7 @@ DATA_READERS = {  # name -> (the module it needs, how it is written and opened)
 }  # fmt: skip
 BENCHES = {
     "loss": bench_loss, "attention": bench_attention, "step": bench_step, "data": bench_data, "seek": bench_seek,
-    "tokenize": bench_tokenize, "memory": bench_memory,
+    "tokenize": bench_tokenize, "memory": bench_memory, "checkpoint": bench_checkpoint,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -16,6 +16,17 @@ def test_each_prints_a_ratio(tool, what):
         assert ratio == pytest.approx(ours / theirs, rel=0.02, abs=0.01)
 
 
+def test_both_ways_of_saving_are_measured(tool):
+    said = tool("bench_checkpoint.py", "--model", "tiny", "--threads", "1").stdout.splitlines()
+    assert re.search(r"checkpoint: tiny \([\d.]+ MB\), 1 threads; a step without a save [\d.]+ ms", "\n".join(said))
+    for way in ("ours", "safetensors.save"):
+        (line,) = [line for line in said if line.startswith(f"checkpoint: {way}: ")]
+        found = dict(
+            re.findall(r"([a-z][^,]*(?:, \w+)?) (-?[\d.]+)(?:, |$)", line.removeprefix(f"checkpoint: {way}: "))
+        )
+        assert len(found) == 6 and all(float(value) > -1e3 for value in found.values()), line
+
+
 def test_an_unknown_one_is_refused(tool):
     done = tool("bench.py", "lost", check=False)
     assert done.returncode == 2 and "invalid choice: 'lost'" in done.stderr
