@@ -44,8 +44,15 @@ def test_an_error_on_one_rank_ends_the_save_on_all_and_harms_nothing(results):
     assert found["again"] == [True, True]
 
 
+def test_a_resume_reads_the_manifest_once_and_each_section_on_one_rank(results):
+    opened = results["opened"]
+    assert [each.count("manifest.json") for each in opened] == [1, 1]
+    assert sorted(name for each in opened for name in each if name != "manifest.json") == 2 * ["part-00000.safetensors"]
+
+
 def test_a_save_takes_the_memory_of_one_copy_which_the_next_one_uses_again(results):
     found = results["memory"]
+    assert all(first == second for first, second in found["buffer"])
     for size, (first, second), (left, more) in zip(found["bytes"], found["taken"], found["left"], strict=True):
         assert 0.9 * size < first < 1.1 * size and left > 0.9 * size
         assert second < 0.1 * size and more < 0.1 * size

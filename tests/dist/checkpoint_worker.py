@@ -72,6 +72,7 @@ def main(out: Path) -> None:
     results["kept"] = [path.name for path in committed(folder)]
     results["resharded"] = all(reload(folder, cuts, ranks) for cuts in ([0, 0.5, 1], [0, 0.1, 1], [0, 0, 1], [0, 1, 1]))
     results["failed_rank"] = failing_rank(saver, ranks, events)
+    results["opened"] = opened_on_resume(folder, ranks)
     results["memory"] = memory(out.parent / "memory", ranks)
     results["files"] = files_of(out.parent / "files", ranks)
     results["once"] = failing_once(out.parent / "once", ranks)
@@ -107,10 +108,25 @@ def failing_rank(saver: Checkpoints, ranks, events: list) -> dict:
             "said": dist.all_gather_objects(said), "again": dist.all_gather_objects(again)}  # fmt: skip
 
 
+def opened_on_resume(folder: Path, ranks) -> list[list[str]]:
+    """The files of checkpoints that Python opens on each rank from the choice to the last number."""
+    opened, is_on = [], True
+
+    def hook(event: str, arguments: tuple) -> None:
+        if is_on and event == "open" and str(folder) in str(arguments[0]):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(hook)
+    chosen = load.choose(folder, ranks, lambda kind, **facts: None)
+    load.fill(chosen, fragments(0, [0, 0.5, 1], ranks.rank))
+    is_on = False
+    return dist.all_gather_objects(opened)
+
+
 def memory(folder: Path, ranks) -> dict:
     """The most memory that two saves take, one after the other, over the bytes of the fragments."""
     values = torch.ones(24 * 2**20)
-    found = {"bytes": values.nbytes, "taken": [], "left": []}
+    found = {"bytes": values.nbytes, "taken": [], "left": [], "buffer": []}
     saver = Checkpoints(folder, ranks, 1, lambda kind, **facts: None)
     for step in (1, 2):
         before = resident(anew=True)
@@ -118,6 +134,7 @@ def memory(folder: Path, ranks) -> dict:
         assert saver.wait()
         found["taken"].append(resident("VmHWM") - before)
         found["left"].append(resident() - before)
+        found["buffer"].append(saver.staging.buffer.data_ptr())
     return {name: dist.all_gather_objects(value) for name, value in found.items()}
 
 
@@ -139,7 +156,7 @@ def files_of(folder: Path, ranks) -> dict:
         if case == "nodes":  # as it is on two machines
             socket.gethostname = lambda: f"host{ranks.rank}"
         saver = Checkpoints(folder / case, ranks, 1, lambda kind, **facts: None, file_bytes)
-        saver.save(header(1), fragments(1, cuts, ranks.rank) + frozen(ranks.rank, 1))
+        saver.save(header(1), frozen(ranks.rank, 1) + fragments(1, cuts, ranks.rank))
         committed_ = saver.wait()
         socket.gethostname = hostname
         reader = load.choose(folder / case, ranks, lambda kind, **facts: None)

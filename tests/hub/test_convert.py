@@ -159,8 +159,17 @@ def test_a_trained_run_becomes_a_proven_folder_with_a_card_and_comes_back_bit_fo
 
 
 def test_zero3_in_bf16_shards_and_a_checkpoint_by_name(train, transformers_here, tmp_path):
-    train(2, "run.name=zero3", "deepspeed=zero3", "train.steps=2", "train.save_every=1", "log.sample_tokens=0")
+    train(
+        2,
+        "run.name=zero3",
+        "deepspeed=zero3",
+        "train.steps=2",
+        "train.save_every=1",
+        "log.sample_tokens=0",
+        "train.checkpoint_file_gb=1e-6",
+    )
     first = train.root / "zero3" / "checkpoints" / "step-000000001"
+    assert len(list(first.glob("part-*"))) == 2, "what a rank has is more than train.checkpoint_file_gb"
     proof = convert.export_hf(first, tmp_path / "hf", "bf16", 0.0001)
     assert proof["max_difference"] <= parity.TOLERANCE and "| step | 1 |" in (tmp_path / "hf/README.md").read_text()
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
