@@ -66,6 +66,7 @@ def fill(checkpoint: Reader, fragments: Iterable[Fragment]) -> Header:
         if shape != list(fragment.shape):
             raise ValueError(f"{path}: {fragment.name} has shape {shape}, the model {list(fragment.shape)}")
         checkpoint.fill(fragment.name, fragment.kind, fragment.offset, fragment.values)
+    checkpoint.close()
     return checkpoint.header
 
 

@@ -161,6 +161,10 @@ class Reader:
                     start = held.start + low - held.offset
                     yield file, held.key, start, start + high - low, low - offset
 
+    def close(self) -> None:
+        """Let go of the files: the disk keeps what is mapped, though the checkpoint is removed."""
+        self.open.clear()
+
     def _opened(self, name: str) -> tuple[TensorFile, dict[tuple[str, str], list[Held]]]:
         """A file, and what it holds of each parameter and kind."""
         if name not in self.open:

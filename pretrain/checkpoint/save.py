@@ -182,7 +182,8 @@ class Checkpoints:
         try:
             writer = Writer(handle, placed.stretches[self.ranks.rank][0])
             writer.write(memoryview(placed.header))
-            writer.write(self.staging.data)
+            for block in self.staging.blocks:
+                writer.write(memoryview(block.numpy()))
             return writer.finish()
         finally:
             os.close(handle)

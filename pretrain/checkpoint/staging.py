@@ -1,4 +1,4 @@
-"""The copy that is saved: a rank's fragments in one buffer of the host's memory, which is kept from save to save."""
+"""The copy that is saved: a rank's fragments in blocks of the host's memory, which are kept from save to save."""
 
 import itertools
 from collections.abc import Iterable
@@ -9,40 +9,34 @@ from pretrain.checkpoint.placement import Listing, padding, tensor_key
 from pretrain.checkpoint.tensors import Spec
 from pretrain.engine.fragments import Fragment
 
+BLOCK_BYTES = 1 << 24  # torch makes pinned memory of a power of two: of one block, nearly twice what is needed
+
 
 class Staging:
-    """`fill` copies a rank's fragments; `data` are their bytes until the next `fill`."""
+    """`fill` copies a rank's fragments; `blocks` are their bytes, in order, until the next `fill`."""
 
     def __init__(self, rank: int):
-        self.rank, self.buffer = rank, torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def data(self) -> memoryview:
-        return memoryview(self.buffer.numpy())
+        self.rank = rank
+        self.blocks: list[torch.Tensor] = []
 
     def fill(self, fragments: Iterable[Fragment]) -> Listing:
-        """Copy the fragments, those of one range side by side; what was copied, in its order in `data`."""
+        """Copy the fragments, those of one range side by side; what was copied, in its order in `blocks`."""
         owned, listing = arranged(fragments, self.rank)
         on_gpu = any(fragment.values.is_cuda for fragment in owned)
-        self._reserve(listing.bytes, on_gpu)
+        if sum(map(len, self.blocks)) != listing.bytes:
+            sizes = (min(BLOCK_BYTES, listing.bytes - start) for start in range(0, listing.bytes, BLOCK_BYTES))
+            self.blocks = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
         place = 0
         for fragment in owned:
-            values = fragment.values.detach()
-            self.buffer[place : place + values.nbytes].view(values.dtype).copy_(values, non_blocking=True)
-            place += values.nbytes
+            data = fragment.values.detach().view(torch.uint8)
+            while len(data):
+                number, start = divmod(place, BLOCK_BYTES)
+                part = data[: BLOCK_BYTES - start]
+                self.blocks[number][start : start + len(part)].copy_(part, non_blocking=True)
+                data, place = data[len(part) :], place + len(part)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         return listing
-
-    def _reserve(self, size: int, on_gpu: bool) -> None:
-        """Have a buffer of `size` bytes; the one there is, if it fits. A GPU copies to it at full speed."""
-        if len(self.buffer) == size:
-            return
-        if self.buffer.is_pinned():
-            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
-        self.buffer = torch.zeros(size, dtype=torch.uint8)
-        if on_gpu and size:  # torch's own pinned memory is of a power of two: up to twice as much
-            torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), size, 0)
 
 
 def arranged(fragments: Iterable[Fragment], rank: int) -> tuple[list[Fragment], Listing]:

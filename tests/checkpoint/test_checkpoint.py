@@ -45,9 +45,10 @@ def test_an_error_on_one_rank_ends_the_save_on_all_and_harms_nothing(results):
 
 
 def test_a_resume_reads_the_manifest_once_and_each_section_on_one_rank(results):
-    opened = results["opened"]
+    opened, kept = results["opened"]
     assert [each.count("manifest.json") for each in opened] == [1, 1]
     assert sorted(name for each in opened for name in each if name != "manifest.json") == 2 * ["part-00000.safetensors"]
+    assert kept == [[], []], "the disk would keep what is mapped"
 
 
 def test_a_save_takes_the_memory_of_one_copy_which_the_next_one_uses_again(results):

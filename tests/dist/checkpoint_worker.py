@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain import dist
-from pretrain.checkpoint import load, sections
+from pretrain.checkpoint import load, sections, staging
 from pretrain.checkpoint.manifest import Header, Reader, committed
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.engine.fragments import Fragment
@@ -108,8 +108,8 @@ def failing_rank(saver: Checkpoints, ranks, events: list) -> dict:
             "said": dist.all_gather_objects(said), "again": dist.all_gather_objects(again)}  # fmt: skip
 
 
-def opened_on_resume(folder: Path, ranks) -> list[list[str]]:
-    """The files of checkpoints that Python opens on each rank from the choice to the last number."""
+def opened_on_resume(folder: Path, ranks) -> tuple[list[list[str]], list[list[str]]]:
+    """The files of checkpoints that each rank opens from the choice to the last number, and what it keeps mapped."""
     opened, is_on = [], True
 
     def hook(event: str, arguments: tuple) -> None:
@@ -120,7 +120,8 @@ def opened_on_resume(folder: Path, ranks) -> list[list[str]]:
     chosen = load.choose(folder, ranks, lambda kind, **facts: None)
     load.fill(chosen, fragments(0, [0, 0.5, 1], ranks.rank))
     is_on = False
-    return dist.all_gather_objects(opened)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return dist.all_gather_objects(opened), dist.all_gather_objects(mapped)
 
 
 def memory(folder: Path, ranks) -> dict:
@@ -134,7 +135,7 @@ def memory(folder: Path, ranks) -> dict:
         assert saver.wait()
         found["taken"].append(resident("VmHWM") - before)
         found["left"].append(resident() - before)
-        found["buffer"].append(saver.staging.buffer.data_ptr())
+        found["buffer"].append([block.data_ptr() for block in saver.staging.blocks])
     return {name: dist.all_gather_objects(value) for name, value in found.items()}
 
 
@@ -148,8 +149,9 @@ def resident(what: str = "VmRSS", anew: bool = False) -> int:
 
 def files_of(folder: Path, ranks) -> dict:
     """Checkpoints in files of several kinds and many sections: what lies in each, and whether it loads."""
-    found, usual, hostname = {}, sections.SECTION_BYTES, socket.gethostname
-    sections.SECTION_BYTES = 64
+    found, hostname = {}, socket.gethostname
+    usual = sections.SECTION_BYTES, staging.BLOCK_BYTES
+    sections.SECTION_BYTES, staging.BLOCK_BYTES = 64, 16
     for case, file_bytes, cuts in (
         ("together", 4000, [0, 0.37, 1]), ("apart", 1, [0, 0.37, 1]), ("nodes", 0, [0, 0.37, 1]), ("one", 0, [0, 0, 1]),
     ):  # fmt: skip
@@ -167,7 +169,7 @@ def files_of(folder: Path, ranks) -> dict:
         tensors = {file.name: sorted(load_file(folder / case / "step-000000001" / file.name)) for file in reader.files}
         found[case] = {"committed": committed_, "right": dist.all_gather_objects(right), "tensors": tensors,
                        "sections": [len(file.sections) for file in reader.files]}  # fmt: skip
-    sections.SECTION_BYTES = usual
+    sections.SECTION_BYTES, staging.BLOCK_BYTES = usual
     return found
 
 
