@@ -2,7 +2,8 @@
 
 What a save costs the training that goes on beside it (`tools/bench.py checkpoint` is the same), of ours and of a thread
 that calls safetensors.save, in turn: how long training waits; how long another thread cannot run, as a save holds the
-GIL (its waiting for a core is not counted); how much longer a step is meanwhile; the delay of training over the CPU
+GIL (its waiting for a core is not counted), and how much of that time this process computed (the rest is the machine's
+when others use it); how much longer a step is meanwhile; the delay of training over the CPU
 seconds of the thread that writes; the host's memory over the bytes that are saved.
 
 With `--threads 1` a machine of two cores has one to spare for the thread that writes, with `--threads 2` none.
@@ -38,8 +39,8 @@ MODELS = {
     "14M": ["model=llama_14m", "model.vocab_size=24576"], "200M": ["model=gpt2_350m", "model.layers=12"],
     "tiny": ["model=llama_tiny", "model.vocab_size=512"],
 }  # fmt: skip
-WAIT, GAP, MEMORY, STEP, CPU, DELAY = "training waits, s", "longest gap, ms", "memory / fragments", "step / without", \
-    "writer's CPU, s", "delay / CPU"  # fmt: skip
+MEMORY, GAP, COMPUTING = "memory / fragments", "longest gap, ms", "most computing in a gap, ms"
+WAIT, STEP, CPU, DELAY = "training waits, s", "step / without", "writer's CPU, s", "delay / CPU"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,9 +77,10 @@ def report(size: str, threads: int, engine: Engine, step: Callable[[], object]) 
         beside = [{name: measured_beside(way, engine, step) for name, way in ways.items()} for _ in range(ROUNDS)]
     print(f"checkpoint: {size} ({written / 1e6:.0f} MB), {threads} threads; a step without a save "
           f"{1e3 * statistics.median(seconds_of(step) for _ in range(5)):.0f} ms, "
-          f"longest gap without {1e3 * longest_gap(lambda: time.sleep(1)):.1f} ms")  # fmt: skip
+          f"longest gap without {1e3 * longest_gap(lambda: time.sleep(1))[0]:.1f} ms")  # fmt: skip
     for name in ways:
-        figures = {MEMORY: alone[name][0][1] / written, GAP: 1e3 * max(gap for gap, _ in alone[name])}
+        gaps, computing, memory = zip(*alone[name], strict=True)
+        figures = {MEMORY: memory[0] / written, GAP: 1e3 * max(gaps), COMPUTING: 1e3 * max(computing)}
         figures |= {key: statistics.median(found[name][key] for found in beside) for key in beside[0][name]}
         print(f"checkpoint: {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
 
@@ -124,8 +126,10 @@ class PlainThread:
         self.thread.join()
 
 
-def measured_alone(way: Ours | PlainThread, engine: Engine) -> tuple[float, int]:
-    """A save without training: the longest gap of another thread, s, and the host's memory that it took."""
+def measured_alone(way: Ours | PlainThread, engine: Engine) -> tuple[float, float, int]:
+    """A save without training: the longest gap of another thread and the most computing in one, s, and the host's
+    memory that it took.
+    """
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most memory is counted from here on
     before = status("VmRSS")
 
@@ -133,7 +137,7 @@ def measured_alone(way: Ours | PlainThread, engine: Engine) -> tuple[float, int]
         way.save(engine.layout.fragments_to_save())
         way.wait()
 
-    return longest_gap(save), status("VmHWM") - before
+    return *longest_gap(save), status("VmHWM") - before
 
 
 def measured_beside(way: Ours | PlainThread, engine: Engine, step: Callable[[], object]) -> dict[str, float]:
@@ -169,28 +173,29 @@ def reading_cpu(thread: threading.Thread) -> Iterator[list[float]]:
     reader.join()
 
 
-def longest_gap(action: Callable[[], object]) -> float:
+def longest_gap(action: Callable[[], object]) -> tuple[float, float]:
     """The longest time, s, that a thread which sleeps a millisecond at a time did not run during `action`, without
-    what it waited for a core.
+    what it waited for a core; and the most CPU seconds that this process used in such a time, at most all of it.
     """
-    gaps, ended = [0.0], threading.Event()
+    gaps, ended = [(0.0, 0.0)], threading.Event()
 
     def probe() -> None:
-        own, (last, waited) = threading.get_native_id(), (time.perf_counter(), 0.0)
+        own, last, waited, used = threading.get_native_id(), time.perf_counter(), 0.0, time.process_time()
         while not ended.is_set():
             time.sleep(0.001)
-            now, delay = time.perf_counter(), scheduled(own)[1]
-            gaps.append(now - last - (delay - waited))
-            last, waited = now, delay
+            now, delay, cpu = time.perf_counter(), scheduled(own)[1], time.process_time()
+            gap = now - last - (delay - waited)
+            gaps.append((gap, min(gap, cpu - used)))
+            last, waited, used = now, delay, cpu
 
     thread = threading.Thread(target=probe)
     thread.start()
     time.sleep(0.1)
-    gaps[:] = [0.0]
+    gaps[:] = [(0.0, 0.0)]
     action()
     ended.set()
     thread.join()
-    return max(gaps)
+    return max(gap for gap, _ in gaps), max(computing for _, computing in gaps)
 
 
 def scheduled(thread: int) -> tuple[float, float]:
