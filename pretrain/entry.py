@@ -27,7 +27,7 @@ from pretrain.config.schema import Config, ModelConfig, accumulation_steps, at_s
 from pretrain.engine import memory
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
-from pretrain.engine.settings import check_accumulation, deepspeed_config
+from pretrain.engine.settings import check_stage, deepspeed_config
 from pretrain.evaluation.validation import Best
 from pretrain.files import DATA, NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
@@ -103,7 +103,7 @@ def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
     cfg = plan.config
     precision, stage = hardware.resolve_precision(cfg.train.precision, device), cfg.deepspeed.stage
     for phase in phases(cfg.train):
-        check_accumulation(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
+        check_stage(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
     if device.type == "cuda":
         memory.check_fits(memory.counts(plan.model), stage, ranks.world_size, precision, hardware.memory_of(device))
 
@@ -306,6 +306,7 @@ def start_from(found: Reader | None, trainer: Engine, plan: Plan) -> int:
         plan.stream.resume(found.header.state, found.header.step)
         header = load.fill(found, trainer.layout.fragments())
         trainer.layout.refresh(header.optimizer_steps)
+        trainer.loss_scale = header.loss_scale
         return header.step
     weights = convert.open_model(Path(plan.config.init), plan.model) if plan.config.init else None
     for fragment in trainer.layout.fragments():

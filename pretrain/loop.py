@@ -83,7 +83,8 @@ def train_loop(
         late.settle()
         if stopped or is_best or saves:
             state = agree_on_state(stream, step, told, log)
-            header = Header(step, config.optim.name, engine.layout.optimizer_steps, state, model.config)
+            steps, scale = engine.layout.optimizer_steps, engine.loss_scale
+            header = Header(step, config.optim.name, steps, state, model.config, scale)
             log.sync()  # a checkpoint is never newer than its journal, whatever crashes
             checkpoints.save(header, engine.layout.fragments_to_save(), best.step if best else None)
     batches.close()

@@ -1,6 +1,7 @@
 """The trainer as a user runs it, on real ranks: killed and resumed, moved between stages and ranks, and misused."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -176,6 +177,42 @@ def test_a_mistake_has_one_voice_on_two_ranks(train):
     done = train(2, "run.name=mistaken", "train.stepz=3", check=False)
     assert done.stderr.count("error: unknown key train.stepz") == 1
     assert done.returncode != 0 and not (train.root / "mistaken").exists()
+
+
+IN_FP16 = """
+from deepspeed.accelerator import get_accelerator
+from pretrain import entry, hardware, train
+get_accelerator().is_fp16_supported = hardware._has_fp16 = lambda: True  # slowly: torch computes it on any processor
+make = entry.deepspeed_config
+def with_a_high_scale(*arguments):
+    settings = make(*arguments)
+    settings["fp16"]["initial_scale_power"] = 26
+    return settings
+entry.deepspeed_config = with_a_high_scale
+entry.main("pretrain", train.make_plan)
+"""
+
+
+def test_fp16_skips_what_overflows_without_moving_the_schedule_and_resumes_bitwise(train, environment, undisturbed):
+    def run(name, steps):
+        data = f"data.train={train.shards}", "data.val=null", f"run.root={train.root}", "train.precision=fp16"
+        line = command(2, *data, f"run.name={name}", "train.eval_every=0", "train.save_every=2", f"train.steps={steps}")
+        where = line.index("pretrain.train")
+        line[where - 1 : where + 1] = "-c", IN_FP16
+        subprocess.run(line, env=environment, check=True, capture_output=True, timeout=600)
+        return journal(train.root / name)
+
+    whole, reference = run("fp16", 24), journal(undisturbed)
+    skipped = [row["skipped_steps"] for row in whole]
+    assert skipped[:3] == [1, 2, 3] and 3 <= skipped[-1] < 20
+    is_skipped = [now > before for before, now in itertools.pairwise([0, *skipped])]
+    assert [row["grad_norm"] is None for row in whole] == is_skipped
+    assert whole[0]["loss_scale"] == 2**26 and whole[-1]["loss_scale"] == 2.0 ** (27 - skipped[-1]), "of two, the first"
+    assert [row["lr"] for row in whole] == [reference[step - before]["lr"]
+                                            for step, before in enumerate([0, *skipped[:-1]])]  # fmt: skip
+    assert [row["batch_hash"] for row in whole] == [row["batch_hash"] for row in reference]
+    run("fp16-resumed", 4)
+    assert exact(run("fp16-resumed", 24)) == exact(whole)
 
 
 OF_ANOTHER_NODE = """

@@ -10,7 +10,7 @@ is where a new run can start.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Header:
     optimizer_steps: int
     state: dict
     model: dict
+    loss_scale: dict = field(default_factory=dict)  # of fp16
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Reader:
 
     def __init__(self, checkpoint: Path):
         self.checkpoint, self.manifest = checkpoint, read_manifest(checkpoint)
-        self.header = Header(**{name: self.manifest[name] for name in Header.__dataclass_fields__})
+        self.header = Header(
+            **{name: self.manifest[name] for name in Header.__dataclass_fields__ if name in self.manifest}
+        )
         self.files: list[SavedFile] = self.manifest["files"]
         self.index: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> (start, numel, file)
         self.open: dict[str, tuple[TensorFile, dict[tuple[str, str], list[Held]]]] = {}

@@ -12,7 +12,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 from pretrain import optim
 from pretrain.config.schema import OptimConfig
 from pretrain.dist import HostCopy, LateSum, Ranks
-from pretrain.engine.fragments import Whole, WholeWithCopies, layout_of
+from pretrain.engine.fragments import Whole, layout_of
 from pretrain.stream.order import hash_key
 
 MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
@@ -81,16 +81,14 @@ class Engine:
         )
         self.parameters = dict(self.engine.module.named_parameters())
         self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank, optim_config.name)
-        self._scaler = None
-        if settings["fp16"]["enabled"]:  # the second name is that of stage 0
-            self._scaler = getattr(optimizer, "loss_scaler", None) or optimizer.loss_scale_config
+        self._scaler = optimizer.loss_scaler if settings["fp16"]["enabled"] else None
 
     @property
     def loss_scale(self) -> dict[str, float]:
         """What fp16 multiplies the loss with, and since when; nothing in other precisions. For checkpoints."""
         if self._scaler is None:
             return {}
-        return {name: getattr(self._scaler, name) for name in SCALER_STATE if hasattr(self._scaler, name)}
+        return {name: getattr(self._scaler, name) for name in SCALER_STATE}
 
     @loss_scale.setter
     def loss_scale(self, state: dict[str, float]) -> None:
@@ -131,13 +129,11 @@ class Engine:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
             if is_last:
                 sums[0] /= targets
-                late, loss_scale = LateSum(sums), self.loss_scale
+                late = LateSum(sums)
             self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        if loss_scale and type(self.layout) is WholeWithCopies:  # here DeepSpeed tells that of the scaled loss
-            norm = norm / loss_scale["cur_scale"]
-        return Step(late, norm, bool(loss_scale) and self.layout.optimizer.overflow)
+        return Step(late, norm, self._scaler is not None and self.layout.optimizer.overflow)
 
     @torch.no_grad()
     def evaluate(self, score_rows: LossRows, **micro_batch: torch.Tensor) -> torch.Tensor:

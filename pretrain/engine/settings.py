@@ -21,7 +21,7 @@ def deepspeed_config(
     config: DeepSpeedConfig, global_batch: int, micro_batch: int, accumulation: int, grad_clip: float, precision: str
 ) -> dict:
     """The whole DeepSpeed configuration, generated; `deepspeed.extra` is merged in after its keys are checked."""
-    check_accumulation(config.stage, precision, accumulation)
+    check_stage(config.stage, precision, accumulation)
     generated = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -51,9 +51,12 @@ def deepspeed_config(
     return generated
 
 
-def check_accumulation(stage: int, precision: str, accumulation: int) -> None:
-    """`ValueError` where the gradients of micro-batches would be added up in less than fp32."""
-    if stage == 0 and precision != "fp32" and accumulation > 1:
+def check_stage(stage: int, precision: str, accumulation: int) -> None:
+    """`ValueError` where the gradients of micro-batches would be added up in less than fp32, or vanish."""
+    if stage == 0 and precision == "fp16":  # there DeepSpeed divides gradients by a scale that the loss never had
+        raise ValueError("deepspeed=zero0 does not scale the loss, so that in fp16 gradients would vanish: take "
+                         "deepspeed=zero1")  # fmt: skip
+    if stage == 0 and precision == "bf16" and accumulation > 1:
         raise ValueError(f"deepspeed=zero0 would add up the gradients of {accumulation} micro-batches in {precision}: "
                          "take deepspeed=zero1, which adds them up in fp32 (a larger train.micro_batch_size or "
                          "train.precision=fp32 would do as well)")  # fmt: skip

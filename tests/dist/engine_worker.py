@@ -62,6 +62,8 @@ def main(out: Path) -> None:
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
         results["splits"][str(micro)] = gradient(micro, ranks, device)
     if ranks.world_size == 2:
+        get_accelerator().is_fp16_supported = lambda: True  # slowly: torch computes it on any processor
+        results["half"] = {str(stage): half(stage, out.parent, ranks, device) for stage in (1, 2, 3)}
         for before, after in ((1, 3), (3, 2), (2, 0), (0, 1)):
             results["moves"][f"{before}-{after}"], _ = move(before, after, out.parent, ranks, device)
     if ranks.is_main:
@@ -184,6 +186,36 @@ def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
         "losses": losses, "norms": norms, "steps": built.layout.optimizer_steps,
         "owned": [entry for part, _ in gathered for entry in part],
         "shapes": {name: shape for _, part in gathered for name, shape in part.items()},
+    }  # fmt: skip
+
+
+def half(stage: int, folder: Path, ranks, device) -> dict:
+    """fp16: a few steps, beside those that go on from a checkpoint of half of them, and from a scale at which gradients
+    overflow.
+    """
+    built = build(stage, "fp16", 2, ranks, device)
+    built.loss_scale = {"cur_scale": 2.0**10, "cur_hysteresis": 1}
+    first = train(built, ranks, 3)
+    path, scale = folder / f"fp16-{stage}", built.loss_scale
+    saver = Checkpoints(path, ranks, 1, lambda kind, **facts: None)
+    saver.save(Header(3, "adamw", built.layout.optimizer_steps, {}, {}, scale), built.layout.fragments_to_save())
+    assert saver.wait()
+    rest = train(built, ranks, 3, first=3)
+    resumed = build(stage, "fp16", 2, ranks, device)
+    header = load.fill(load.choose(path, ranks, lambda kind, **facts: None), resumed.layout.fragments())
+    resumed.layout.refresh(header.optimizer_steps)
+    resumed.loss_scale = header.loss_scale
+    again = train(resumed, ranks, 3, first=3)
+    resumed.loss_scale = {"cur_scale": 2.0**60, "cur_hysteresis": 1}
+    before = [fragment.values.clone() for fragment in resumed.layout.fragments()]
+    parts = micro_batches({"inputs": TOKENS[0, :, :-1], "labels": LABELS[0]}, resumed.micro, ranks)
+    skipped = resumed.step(parts, int((LABELS[0] != IGNORE).sum()), 1e-2)
+    same = all(map(torch.equal, before, (fragment.values for fragment in resumed.layout.fragments())))
+    return {
+        "losses": first["losses"] + rest["losses"], "norms": first["norms"] + rest["norms"], "rest": rest["losses"],
+        "again": again["losses"], "scale": scale, "loaded": header.loss_scale, "skipped": skipped.skipped,
+        "same": all(dist.all_gather_objects(same)), "loss": skipped.read()[0], "after": resumed.loss_scale["cur_scale"],
+        "steps": resumed.layout.optimizer_steps,
     }  # fmt: skip
 
 

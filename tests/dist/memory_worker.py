@@ -45,7 +45,7 @@ def main(cases: str, *overrides: str, out: Path) -> None:
 def held(precision: str, stage: str, overrides: tuple[str, ...], ranks, device) -> dict:
     """Of two steps, of which the second finds everything in place: the bytes of weights, optimizer, and of all."""
     cfg = compose.compose("pretrain", ["run.name=x", *overrides, f"deepspeed=zero{stage}"])
-    accumulation = 1 if precision != "fp32" and stage == "0" else 2
+    accumulation = 1 if (precision, stage) == ("bf16", "0") else 2
     settings = deepspeed_config(
         cfg.deepspeed, ROWS * accumulation * ranks.world_size, ROWS, accumulation, 1.0, precision
     )

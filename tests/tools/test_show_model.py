@@ -96,9 +96,9 @@ def test_mistakes_are_explained(tool):
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-CASES = [f"{precision}-{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)]
+CASES = [f"{precision}-{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(precision == "fp16", 4)]
 CLASSES = {
-    "fp32-0": "AdamW", "bf16-0": "FP16_UnfusedOptimizer", "bf16-1": "BF16_Optimizer", "fp16-0": "FP16_UnfusedOptimizer",
+    "fp32-0": "AdamW", "bf16-0": "FP16_UnfusedOptimizer", "bf16-1": "BF16_Optimizer"
 } | {f"{precision}-3": "DeepSpeedZeroOptimizer_Stage3" for precision in ("fp32", "bf16", "fp16")}  # fmt: skip
 # Small buckets and nothing kept whole, or these would be most of the memory.
 SMALL_ONE = ["model=llama_tiny", "model.layers=6", "model.vocab_size=64", "++deepspeed.extra={zero_optimization: "
