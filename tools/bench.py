@@ -2,7 +2,7 @@
 
 Measures one thing against another in one run, alternately, and prints the ratio of their medians. The machine's speed
 varies; ratios taken together do not. `data` compares with litdata and MosaicML Streaming where they are installed
-(pip install litdata mosaicml-streaming).
+(pip install litdata mosaicml-streaming). `gpu` is tools/bench_gpu.py, with its options.
 """
 
 import argparse
@@ -30,11 +30,10 @@ import torch.nn.functional as F
 from pretrain import dist, hardware
 from pretrain.cli import run_tool
 from pretrain.config import compose
-from pretrain.engine.engine import Engine
 from pretrain.engine.settings import deepspeed_config
 from pretrain.model.attention import plain, sdpa
 from pretrain.model.heads import LanguageModel
-from pretrain.model.losses import cross_entropy_rows
+from pretrain.model.losses import cross_entropy_rows, loss_rows
 from pretrain.shards import manifest as manifests
 from pretrain.shards.writer import DatasetWriter
 from pretrain.stream.mixture import Phase
@@ -47,15 +46,16 @@ ROUNDS = 7
 
 
 def main(argv: list[str] | None = None) -> None:
+    if sys.argv[1:2] == ["gpu"]:
+        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[[], *BENCHES], help="which to run (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1, a rank's on 2 cores)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     precision = hardware.resolve_precision("auto", torch.device("cpu"))
-    dtype = hardware.DTYPES[precision]
     for name in args.what or BENCHES:
-        BENCHES[name](dtype, precision)
+        BENCHES[name](hardware.DTYPES[precision], precision)
 
 
 def compare(title: str, ours: Callable[[], object], theirs: Callable[[], object], names: tuple[str, str]) -> float:
@@ -100,13 +100,12 @@ def bench_attention(dtype: torch.dtype, precision: str) -> None:
 
 def bench_step(dtype: torch.dtype, precision: str) -> None:
     """A step of the quickstart's model through the engine on one rank, against the bare forward and backward."""
+    from pretrain.engine.engine import Engine  # not for `gpu`, which tells of a DeepSpeed that is broken
+
     cfg = compose.compose("pretrain", ["run.name=bench", "experiment=quickstart", "model.vocab_size=24576"])
     ranks, device = dist.ALONE, dist.start(dist.ALONE)
     micro, accumulation = cfg.train.micro_batch_size, 2
     settings = deepspeed_config(cfg.deepspeed, micro * accumulation, micro, accumulation, 1.0, precision)
-
-    def loss_rows(model, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy_rows(model(inputs), labels)
 
     trainer = Engine(lambda: LanguageModel(cfg.model), loss_rows, settings, cfg.optim, ranks, device)
     tokens = torch.randint(0, 24576, (micro, cfg.train.seq_len))
