@@ -27,7 +27,7 @@ from pretrain.config.schema import Config, ModelConfig, accumulation_steps, at_s
 from pretrain.engine import memory
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
-from pretrain.engine.settings import check_stage, deepspeed_config
+from pretrain.engine.settings import bucket_of, check_stage, deepspeed_config
 from pretrain.evaluation.validation import Best
 from pretrain.files import DATA, NO_ROOM, RESULT, write_atomically
 from pretrain.guard import Guard
@@ -84,28 +84,31 @@ def begin(config_name: str, make_plan: MakePlan) -> tuple[Plan, dist.Ranks, torc
         return None
     try:
         device = dist.start(ranks)
-    except ValueError as error:
-        refuse([mistake or (MISTAKE, str(error))], ranks)
+    except ValueError as error:  # before the ranks are together it may be of this one alone
+        refuse([mistake or (MISTAKE, str(error))], ranks if torch.distributed.is_initialized() else dist.ALONE)
+    precision = None
     try:
         if plan is not None:
-            check_device(plan, ranks, device)
+            precision = check_device(plan, ranks, device)
     except ValueError as error:
         mistake = mistake or (MISTAKE, str(error))
     refuse(dist.all_gather_objects(mistake), ranks)
-    if differing := disagreement(plan):
+    if differing := disagreement(plan, precision):
         refuse([(MISTAKE, differing)], ranks)
     refuse(dist.all_gather_objects(held_elsewhere(plan) if ranks.is_main else None), ranks)
     return plan, ranks, device
 
 
-def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> None:
-    """`ValueError` for what this device cannot train: its precision, what would be added up in it, its memory."""
+def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> str:
+    """The precision that this device trains in. `ValueError` for what it cannot train in that, or in its memory."""
     cfg = plan.config
     precision, stage = hardware.resolve_precision(cfg.train.precision, device), cfg.deepspeed.stage
     for phase in phases(cfg.train):
         check_stage(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
     if device.type == "cuda":
-        memory.check_fits(memory.counts(plan.model), stage, ranks.world_size, precision, hardware.memory_of(device))
+        sizes, bucket = memory.counts(plan.model, plan.trainable), bucket_of(cfg.deepspeed)
+        memory.check_fits(sizes, stage, ranks.world_size, precision, hardware.memory_of(device), bucket)
+    return precision
 
 
 def guarded(action: Callable[[], Any], plan: Plan, ranks: dist.Ranks) -> Any:
@@ -128,8 +131,8 @@ def guarded(action: Callable[[], Any], plan: Plan, ranks: dist.Ranks) -> Any:
         traceback.print_exc()
         if not isinstance(error, RuntimeError) or not dist.is_timeout(error):
             return None
-        told = (f"another rank has not answered for {dist.step_timeout()} (h:mm:ss): it hangs, or its node is gone; "
-                "the last checkpoint is good: run the same command to go on from it")  # fmt: skip
+        told = (f"another rank has not answered in time ({dist.STEP_TIMEOUT}={dist.step_timeout().seconds}): it hangs, "
+                "or its node is gone; the last checkpoint is good: run the same command to go on from it")  # fmt: skip
     if told:
         print(f"error: {told}", file=sys.stderr)
     return None
@@ -202,7 +205,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
     rejected: list[dict] = []
     found = load.choose(folder / "checkpoints", ranks, lambda kind, **facts: rejected.append(facts))
     if not found and plan.new_parameters is None:  # none of its checkpoints is whole
-        plan = replace(plan, new_parameters=plan.find_new())
+        plan = begun_anew(plan)
     start_step = start_from(found, trainer, plan)
     log = Log(cfg.log, folder, cfg.train.steps, asdict(cfg), start_step, ranks.is_main)
     for facts in rejected:
@@ -223,6 +226,14 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
     step = loop.train_loop(cfg, trainer, data, model, checkpoints, guard, log, ranks, start_step)
     code = FINISHED if not guard.stopped or step == cfg.train.steps else STOPPED if guard.was_asked else FAILED
     return code, functools.partial(tell_end, plan, log, best, start_step, step) if ranks.is_main else lambda: True
+
+
+def begun_anew(plan: Plan) -> Plan:
+    """The plan of a run none of whose checkpoints is whole: `ValueError` on all ranks where it cannot start again."""
+    found: list[dict[str, str]] = []
+    if error := dist.agree(lambda: found.append(plan.find_new())):
+        raise ValueError(error)
+    return replace(plan, new_parameters=found[0])
 
 
 def tell_end(plan: Plan, log: Log, best: Best | None, start_step: int, step: int) -> bool:

@@ -70,7 +70,7 @@ def set_deterministic(is_wanted: bool) -> None:
 
 
 def dtype_for(precision: str, device: torch.device) -> torch.dtype:
-    """What a model's weights are of that computes in this precision: auto, bf16 or fp32."""
+    """What a model's weights are of that computes in this precision: auto, bf16, fp16 or fp32."""
     return DTYPES[resolve_precision(precision, device)]
 
 

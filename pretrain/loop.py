@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pretrain.guard import Guard
 from pretrain.report.log import Log
 from pretrain.stream.objectives import IGNORE
 from pretrain.stream.order import hash_key
-from pretrain.stream.stream import HASH_SUMS, Rows, Stream, digest_sums, hash_of_sums
+from pretrain.stream.stream import HASH_SUMS, DataError, Rows, Stream, digest_sums, hash_of_sums
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,21 @@ def train_loop(
     while step < train.steps and not stopped:
         started, now, seed = time.perf_counter(), batch, hash_key(config.seed, step)
         lr = optim.learning_rate(step - skipped, train.steps, config.optim.lr, config.schedule)
-        micro_batches = [on_device(part, engine.device) for part in now.parts]
-        batch = next(batches) if step + 1 < train.steps else NO_BATCH
+        micro_batches = [on_device(part, engine.device) for part in now.parts()]
+        batch = ahead(batches) if step + 1 < train.steps else NO_BATCH
         tallies = (batch.targets, *now.digests, *guard.flags())
         running = engine.step(micro_batches, targets, lr, seed, tallies)
         targets = running.sums.on_device()[1]  # of the next batch
         step, skipped = step + 1, skipped + running.skipped
-        stopped = late.settle()  # the step before
+        stopped, is_best = late.settle(), False  # the step before
         row = {"step": step, "tokens": stream.progress(step)[1], "loss": None, "lr": lr, "grad_norm": None}
-        row |= scaling(engine, skipped) | speed(stream, step, time.perf_counter() - started, now.global_size, model)
         late.begun(row, running)
         evaluates, saves = (due(step, every, train.steps) for every in (train.eval_every, train.save_every))
-        if not (stopped or evaluates or saves):
+        if is_due := bool(stopped or evaluates or saves or batch.error):
+            stopped = late.judge() or stopped
+        row |= scaling(engine, skipped) | speed(stream, step, time.perf_counter() - started, now.global_size, model)
+        if not is_due:
             continue
-        stopped, is_best = late.judge() or stopped, False
         # one that is told to stop has little time, unless nothing but the evaluation is left
         if validation and evaluates and (not stopped or step == train.steps):
             log.doing("validating")
@@ -156,15 +157,32 @@ def due(step: int, every: int, last: int) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a global batch of `global_size` rows: how many targets it has, and the sum of its digests."""
+    """This rank's part of a global batch of `global_size` rows: how many targets it has, and the sum of its digests. Or
+    the `error` that reading it met.
+    """
 
-    parts: list[dict[str, np.ndarray]]
+    rows: list[dict[str, np.ndarray]]
     targets: int
     digests: Sequence[float]
     global_size: int
+    error: DataError | None = None
+
+    def parts(self) -> list[dict[str, np.ndarray]]:
+        """The micro-batches; the error, where there is one."""
+        if self.error:
+            raise self.error
+        return self.rows
 
 
 NO_BATCH = Batch([], 0, [0.0] * HASH_SUMS, 0)
+
+
+def ahead(batches: Iterator[Batch]) -> Batch:
+    """The next batch, while the step before it is not done: what goes wrong now must not undo that."""
+    try:
+        return next(batches)
+    except DataError as error:
+        return replace(NO_BATCH, error=error)
 
 
 def prepared(
@@ -186,7 +204,10 @@ def split(rows: Rows | ExampleRows, size: int) -> Iterator[Rows | ExampleRows]:
 
 
 def on_device(batch: dict[str, np.ndarray], device: torch.device) -> MicroBatch:
-    return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
+    tensors = {name: torch.from_numpy(column) for name, column in batch.items()}
+    if device.type == "cuda":  # out of pinned memory, or the host would wait for the step before
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def agree_on_state(stream: Stream | ExampleStream, step: int, told: set, log: Log) -> dict:

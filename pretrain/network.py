@@ -10,11 +10,12 @@ from pathlib import Path
 SIOCGIFCONF = 0x8912  # <linux/sockios.h>: the IPv4 addresses of all interfaces
 ENTRY = 16 + 24  # bytes of a struct ifreq: a name, an address
 MOST = 1024  # addresses
+LOCAL = ("localhost", "127.0.0.1", "::1")  # what means this host alone
 
 
 def interface_to(host: str) -> str | None:
     """The interface that leads to `host` (a name or an address), or that owns its address where that is this host;
-    None where nothing says so. Nothing is sent.
+    None where nothing says so, or only that a name is this host's own. Nothing is sent.
     """
     try:
         found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
@@ -28,6 +29,8 @@ def interface_to(host: str) -> str | None:
                 own = ipaddress.ip_address(probe.getsockname()[0])
         except OSError:
             continue
+        if own.is_loopback and host not in LOCAL:
+            return None
         if name := _interfaces().get(own):
             return name
     return None

@@ -58,9 +58,12 @@ def notes(plan: Plan) -> list[str]:
     return found
 
 
-def disagreement(plan: Plan) -> str | None:
-    """Why the ranks cannot run together, the same on all: one has another configuration or other data; or None."""
-    mine = {key: str(value) for key, value in (flatten(plan.config) | plan.identity).items()}
+def disagreement(plan: Plan, precision: str) -> str | None:
+    """Why the ranks cannot run together, the same on all: one has another configuration, other data, or a device that
+    train.precision=auto means another `precision` for; or None.
+    """
+    facts = flatten(plan.config) | plan.identity | {"train.precision": precision}
+    mine = {key: str(value) for key, value in facts.items()}
     if len(set(all_gather_objects(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()))) == 1:
         return None
     everyone = all_gather_objects([socket.gethostname(), mine])  # long, and only now

@@ -213,7 +213,8 @@ def stage(number: int, place: Place) -> Iterator[Row]:
     dist.start(dist.ALONE)
     yield equal_step(number, place)
     rows, cfg = 2 if place.is_tiny else 8, place.configured(SPEEDS["124M"][0], number)
-    yield peak_memory(place, cfg, rows, 2 if number else 1)[0]
+    low = "fp32" if number == 0 and place.low == "fp16" else place.low  # stage 0 does not train in fp16
+    yield peak_memory(replace(place, low=low), cfg, rows, 2 if number else 1)[0]
 
 
 def equal_step(number: int, place: Place) -> Row:

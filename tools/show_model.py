@@ -22,7 +22,7 @@ from pretrain.cli import run_tool
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.engine import memory
-from pretrain.engine.settings import BUCKET
+from pretrain.engine.settings import bucket_of
 from pretrain.hardware import PRECISIONS
 from pretrain.model.heads import parameter_shapes
 from pretrain.model.transformer import flops_per_token
@@ -100,7 +100,7 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
     parameters, trained = memory.counts(model)
     rows, checkpointing = config.train.micro_batch_size, config.train.activation_checkpointing
     activations = memory.activations(model, rows, seq_len, precision, checkpointing)
-    bucket = config.deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
+    bucket = bucket_of(config.deepspeed)
     return {
         "parameters": parameters,
         "trained_parameters": trained,

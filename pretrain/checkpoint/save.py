@@ -108,7 +108,7 @@ class Checkpoints:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     self._attempt(header, placed, attempt)
-                    self._retire()
+                    self._agree(self._retire)  # all wait for it here, where there is time
                     break
                 except SaveError as failure:
                     if attempt == ATTEMPTS:

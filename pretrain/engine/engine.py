@@ -133,7 +133,9 @@ class Engine:
             self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return Step(late, norm, self._scaler is not None and self.layout.optimizer.overflow)
+        # At the least scale an overflow is none of the scale: it is for the guard.
+        skipped = self._scaler is not None and self._scaler.cur_scale > 1 and self.layout.optimizer.overflow
+        return Step(late, norm, skipped)
 
     @torch.no_grad()
     def evaluate(self, score_rows: LossRows, **micro_batch: torch.Tensor) -> torch.Tensor:

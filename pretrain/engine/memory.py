@@ -7,7 +7,7 @@ reduces, the buckets, what stage 3 gathers. README.md has the table; a test comp
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +88,11 @@ def footprint(
     return Footprint(weights, gradients, optimizer, extra)
 
 
-def counts(model: ModelConfig) -> tuple[int, int]:
+def counts(model: ModelConfig, trainable: Callable[[str], bool] = lambda name: True) -> tuple[int, int]:
     """Parameters, and how many of them learn."""
     shapes = parameter_shapes(model)
-    return sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name in trained_parameters(model))
+    learning = (math.prod(shapes[name]) for name in trained_parameters(model) if trainable(name))
+    return sum(map(math.prod, shapes.values())), sum(learning)
 
 
 @functools.cache
@@ -135,13 +136,15 @@ def fitting(
                 yield found
 
 
-def check_fits(sizes: tuple[int, int], stage: int, ranks: int, precision: str, card_bytes: int) -> None:
+def check_fits(
+    sizes: tuple[int, int], stage: int, ranks: int, precision: str, card_bytes: int, bucket: int = BUCKET
+) -> None:
     """`ValueError` where weights, gradients and optimizer alone are more than a card holds, with what fits it."""
-    needed = footprint(*sizes, stage, ranks, precision).peak
+    needed = footprint(*sizes, stage, ranks, precision, bucket=bucket).peak
     if needed <= card_bytes:
         return
     others = [f"deepspeed=zero{other} ({size / 1e9:.1f} GB)" for other in (1, 2, 3)
-              if (size := footprint(*sizes, other, ranks, precision).peak) <= card_bytes]  # fmt: skip
+              if (size := footprint(*sizes, other, ranks, precision, bucket=bucket).peak) <= card_bytes]  # fmt: skip
     advice = f"take {' or '.join(others)}" if others else "no stage fits: take more GPUs or a smaller model"
     raise ValueError(
         f"deepspeed=zero{stage} in {precision} needs {needed / 1e9:.1f} GB on each of {ranks} ranks before any "

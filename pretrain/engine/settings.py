@@ -32,7 +32,13 @@ def deepspeed_config(
         # At stage 1 each gradient goes into the fp32 buffer once it is there, and is freed: else all live twice.
         "bf16": {"enabled": precision == "bf16", "immediate_grad_update": config.stage == 1},
         # A step whose gradients overflow is skipped and the scale halved; doubled after a thousand that do not.
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 1,
+        },
         "steps_per_print": None,
         # By default gradients are averaged over the ranks in bf16: with many ranks their sum loses what each one adds.
         "communication_data_type": "fp32",
@@ -49,6 +55,11 @@ def deepspeed_config(
     for key, value in config.extra.items():
         generated[key] = {**generated[key], **value} if isinstance(generated.get(key), dict) else value
     return generated
+
+
+def bucket_of(config: DeepSpeedConfig) -> int:
+    """Elements of a run's buckets of gradients."""
+    return config.extra.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
 
 
 def check_stage(stage: int, precision: str, accumulation: int) -> None:

@@ -46,7 +46,7 @@ def one_step(plan: Plan, ranks: dist.Ranks, device: torch.device) -> dict[str, f
     before = {f.name: f.values.clone() for f in trainer.layout.fragments() if f.kind == WEIGHT}
     rows = plan.stream.rows(plan.stream.numbers(0))
     [batch] = prepared((each for each in [rows]), plan.collate, plan.config.train, 0)
-    trainer.step([on_device(part, device) for part in batch.parts], batch.targets, plan.config.optim.lr)
+    trainer.step([on_device(part, device) for part in batch.parts()], batch.targets, plan.config.optim.lr)
     after = {f.name: f.values for f in trainer.layout.fragments() if f.kind == WEIGHT}
     return {name: float((after[name] - value).abs().max()) for name, value in before.items()}
 

@@ -33,7 +33,7 @@ def main(out: Path) -> None:
 
 def run(stage: int, ranks: dist.Ranks, device: torch.device) -> dict:
     """Ids of every rank before and after a step, and the losses of two steps."""
-    threshold = "+deepspeed.extra.zero_optimization.param_persistence_threshold=0"  # else small ones stay whole
+    threshold = "+deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0"  # else small ones stay whole
     overrides = [*SMALL, f"deepspeed=zero{stage}", *([threshold] if stage == 3 else [])]
     cfg = compose.compose("pretrain", overrides)
     settings = deepspeed_config(cfg.deepspeed, 4, 2, 1, 1.0, "fp32")
