@@ -16,7 +16,7 @@ from pretrain.config import compose
 from pretrain.dist import Ranks
 from pretrain.shards import manifest as manifests
 from pretrain.stream.mixture import Phase
-from pretrain.stream.stream import Stream, batch_hash
+from pretrain.stream.stream import DataError, Stream, batch_hash
 from pretrain.train import make_plan
 from tests import forked
 from tests.conftest import TINY
@@ -185,6 +185,27 @@ def test_a_damaged_chunk_ends_the_run_in_words(train, chunked, tmp_path):
     done = train(1, "run.name=damaged", "train.steps=50", "data.val=null", data=folder, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "00000000.tar is damaged in chunk 0000000" in done.stderr and "data.quarantine=true" in done.stderr
+
+
+def test_what_comes_before_a_damaged_batch_is_trained_and_written(train, chunked, tmp_path):
+    for chunk in range(20):  # one that is met after some batches
+        folder = shutil.copytree(chunked, tmp_path / f"damaged-{chunk}")
+        flip(folder, 0, chunk)
+        batches, whole = Stream([manifests.load(folder)], [Phase(0, 32, 8, (1.0,))], seed=0).batches(0), 0
+        with pytest.raises(DataError):
+            while next(batches):
+                whole += 1
+        if whole > 2:
+            break
+    options = (
+        "run.name=before-damage",
+        "train.steps=50",
+        "train.save_every=100",
+        "train.eval_every=0",
+        "data.val=null",
+    )
+    train(1, *options, data=folder, check=False)
+    assert len(journal(train.root / "before-damage")) == whole > 2
 
 
 def test_quarantine_is_the_same_in_every_world_and_after_the_damage_is_gone(train, chunked, tmp_path):
