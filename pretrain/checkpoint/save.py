@@ -108,7 +108,7 @@ class Checkpoints:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     self._attempt(header, placed, attempt)
-                    self._agree(self._retire)  # all wait for it here, where there is time
+                    agree(self._retire, self.group)  # all wait for it here, where there is time; it harms no save
                     break
                 except SaveError as failure:
                     if attempt == ATTEMPTS:
