@@ -118,7 +118,7 @@ def test_every_token_is_right_whatever_passing_fault(data, server, tmp_path, cap
     assert server.requests[SECOND] == 3
     assert server.requests["data/00000000.tar"] == 1
     told = capfd.readouterr().err.splitlines()
-    assert len(told) == 2 * len(files)
+    assert sum("failed" in message for message in told) == 2 * len(files)  # others say that they wait
     assert told[-1].startswith(f"fetching {server.url}/{SECOND} failed (")
     assert "attempt 3 of 5 in 0.0 s" in told[-1]
     assert cached(tmp_path) == {shard.name for shard in data.shards}

@@ -136,9 +136,9 @@ def test_the_bytes_are_those_that_an_engine_holds(capsys, held, case):
 def test_the_bytes_of_a_model_of_a_hundred_million_parameters(capsys, worker, case):
     """Also of the process, which has buckets that it has not filled, and gloo's own copies, of which NCCL has none."""
     expected = expected_of(capsys, LARGE_ONE, case)
-    for rank in worker("memory_worker.py", case, *LARGE_ONE):
-        assert rank[case]["peak"] == pytest.approx(expected["peak"], rel=0.05)
-        assert rank[case]["resident"] == pytest.approx(expected["peak"], rel=0.1)
+    found = [rank[case] for rank in worker("memory_worker.py", case, *LARGE_ONE)]
+    for kind, rel in (("peak", 0.05), ("resident", 0.1)):
+        assert max(rank[kind] for rank in found) == pytest.approx(expected["peak"], rel=rel), "of the rank with most"
 
 
 def test_what_fits_is_found(capsys):
