@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pretrain.network import interface_to
 from tests.forked import ROOT
 
 NETWORK = """
@@ -38,3 +39,8 @@ def test_it_is_the_one_that_the_kernel_routes_by_and_the_owner_of_an_own_address
     line = ["unshare", "-nm", "sh", "-c", NETWORK, "sh", tmp_path / "hosts", sys.executable, "-c", ASK, *asked]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert dict(zip(asked, done.stdout.split(), strict=True)) == asked
+
+
+def test_a_name_that_only_this_host_knows_by_itself_leads_nowhere():
+    """Debian has 127.0.1.1 for a host's own name: other nodes would not find it there."""
+    assert interface_to("127.0.1.1") is None and interface_to("127.0.0.1") == "lo"

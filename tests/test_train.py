@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def test_a_run_leaves_everything_it_promises(undisturbed):
     for name in ("config.yaml", "tokenizer.model", "report.html", "samples.jsonl"):
         assert (undisturbed / name).stat().st_size > 0
     assert [event["kind"] for event in events(undisturbed)] == ["start", "source", *["saved"] * 5, "end"]
+    assert events(undisturbed)[0]["interface"] == "lo", "as the environment of the tests says"
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -216,22 +218,35 @@ def test_fp16_skips_what_overflows_without_moving_the_schedule_and_resumes_bitwi
 
 
 OF_ANOTHER_NODE = """
-import os, sys
-sys.argv += ["optim.lr=0.5"] if os.environ["RANK"] == "1" else []
-from pretrain import entry, train
+import os, sys, torch
+from pretrain import entry, hardware, train
+what, is_other = {what!r}, os.environ["RANK"] == "1"
+if what == "optim":
+    sys.argv += ["optim.lr=0.5"] if is_other else []
+elif what == "precision":
+    hardware._cpuinfo = lambda: "" if is_other else "avx512_bf16"
+elif is_other:
+    os.environ["LOCAL_RANK"] = "4"
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 4
 entry.main("pretrain", train.make_plan)
 """
+OTHERWISE = "error: rank 1 on .* has another configuration than rank 0 on .*: "
 
 
-def test_nodes_with_different_configurations_are_told_apart(train, environment):
-    line = command(2, f"run.root={train.root}", "run.name=mistaken", f"data.train={train.shards}", "data.val=null")
+@pytest.mark.parametrize("what, said", [
+    ("optim", f"{OTHERWISE}optim.lr: 0.003 there, 0.5 here."),
+    ("precision", f"{OTHERWISE}train.precision: bf16 there, fp32 here."),
+    ("device", "error: LOCAL_RANK=4, and this rank sees 4 GPUs: start at most 4 ranks on a node"),
+])  # fmt: skip
+def test_what_only_one_rank_has_is_told(train, environment, what, said):
+    """Another configuration, another meaning of it, or no device, which it says itself: they are not together yet."""
+    settings = ("data.val=null", "train.precision=auto")
+    line = command(2, f"run.root={train.root}", "run.name=mistaken", f"data.train={train.shards}", *settings)
     where = line.index("pretrain.train")
-    line[where - 1 : where + 1] = "-c", OF_ANOTHER_NODE
+    line[where - 1 : where + 1] = "-c", OF_ANOTHER_NODE.format(what=what)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.stderr.count("error: rank 1 on ") == 1 and "Traceback" not in done.stderr
-    assert (
-        "has another configuration than rank 0 on" in done.stderr and "optim.lr: 0.003 there, 0.5 here." in done.stderr
-    )
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert re.search(said, done.stderr), done.stderr
     assert done.returncode != 0 and not (train.root / "mistaken").exists()
 
 

@@ -211,10 +211,16 @@ def half(stage: int, folder: Path, ranks, device) -> dict:
     parts = micro_batches({"inputs": TOKENS[0, :, :-1], "labels": LABELS[0]}, resumed.micro, ranks)
     skipped = resumed.step(parts, int((LABELS[0] != IGNORE).sum()), 1e-2)
     same = all(map(torch.equal, before, (fragment.values for fragment in resumed.layout.fragments())))
+    halved = resumed.loss_scale["cur_scale"]
+    next(f for f in resumed.layout.fragments() if f.kind == WEIGHT).values.fill_(float("nan"))
+    resumed.layout.refresh(6)
+    resumed.loss_scale = {"cur_scale": 2.0, "cur_hysteresis": 1}
+    least = resumed.step(parts, int((LABELS[0] != IGNORE).sum()), 1e-2)
     return {
+        "least": [least.skipped, math.isfinite(least.read()[1]), resumed.loss_scale["cur_scale"]],
         "losses": first["losses"] + rest["losses"], "norms": first["norms"] + rest["norms"], "rest": rest["losses"],
         "again": again["losses"], "scale": scale, "loaded": header.loss_scale, "skipped": skipped.skipped,
-        "same": all(dist.all_gather_objects(same)), "loss": skipped.read()[0], "after": resumed.loss_scale["cur_scale"],
+        "same": all(dist.all_gather_objects(same)), "loss": skipped.read()[0], "after": halved,
         "steps": resumed.layout.optimizer_steps,
     }  # fmt: skip
 

@@ -100,6 +100,7 @@ def test_fp16_scales_the_loss_resumes_bitwise_and_skips_what_overflows(results, 
     assert found["again"] == found["rest"] and found["scale"] == found["loaded"] and found["scale"]["cur_scale"] == 1024
     assert found["skipped"] and found["same"] and found["steps"] == 6 and math.isfinite(found["loss"])
     assert found["after"] == 2.0**59
+    assert found["least"] == [False, False, 1], "at the least scale it is for the guard"
 
 
 def written_once(found: dict, kind: str) -> set[str]:

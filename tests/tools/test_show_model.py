@@ -167,6 +167,11 @@ def test_what_fits_is_found(capsys):
 def test_what_does_not_fit_a_card_is_refused_with_what_does():
     eight = (8_030_261_248, 8_030_261_248)
     memory.check_fits(eight, 2, 8, "bf16", 80 * 10**9)
+    model = compose.compose("pretrain", ["run.name=x", "model=llama_8b"]).model
+    assert memory.counts(model) == eight
+    parameters, head = memory.counts(model, lambda name: name.startswith("head."))
+    assert (parameters, head) == (eight[0], 128_256 * 4096)
+    memory.check_fits((parameters, head), 1, 1, "bf16", 80 * 10**9)  # a head alone learns on one card
     with pytest.raises(ValueError) as refused:
         memory.check_fits(eight, 0, 8, "bf16", 80 * 10**9)
     for said in ("deepspeed=zero0 in bf16 needs 160.", "the card has 80.0 GB", "deepspeed=zero1 (60.2 GB)",
