@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests: without arguments all but the slow ones. Arguments go to pytest.
 #
-#   launch/test.sh                       # ten minutes on two cores of an AMD EPYC
+#   launch/test.sh                       # twelve minutes on two cores of an AMD EPYC
 #   launch/test.sh -m '' tests/test_readme.py    # one file, its slow ones too
 #   launch/test.sh -k order -x
 #

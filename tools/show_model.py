@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="+", help="model=NAME, and changes to it")
-    parser.add_argument("--ranks", type=int, default=8, help="GPUs that share a model (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, default=8, help="GPUs that share a model (default: %(default)s; --fit has its own)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: %(default)s")
     parser.add_argument("--fit", metavar="CARDSxGB", help="what fits so many cards of so much memory, as 8x80GB")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
@@ -133,8 +135,9 @@ def cards(text: str) -> tuple[int, int]:
 def fit(config: Config, ranks: int, card_bytes: int, precision: str) -> dict[str, Any]:
     """What fits the cards, and what would be needed where nothing does."""
     room, length, counts = int(card_bytes * (1 - KEPT_FREE)), config.train.seq_len, memory.counts(config.model)
-    fits = list(memory.fitting(config.model, counts, ranks, room, length, precision))
-    least = min(memory.footprint(*counts, stage, ranks, precision).peak for stage in (1, 2, 3))
+    bucket = bucket_of(config.deepspeed)
+    fits = list(memory.fitting(config.model, counts, ranks, room, length, precision, bucket))
+    least = min(memory.footprint(*counts, stage, ranks, precision, bucket=bucket).peak for stage in (1, 2, 3))
     return {"ranks": ranks, "card_bytes": card_bytes, "usable_bytes": room, "precision": precision, "seq_len": length,
             "parameters": counts[0], "fits": fits, "least_bytes": least}  # fmt: skip
 

@@ -13,11 +13,11 @@ from pretrain import optim
 from pretrain.config.schema import OptimConfig
 from pretrain.dist import HostCopy, LateSum, Ranks
 from pretrain.engine.fragments import Whole, layout_of
+from pretrain.hardware import DTYPES
 from pretrain.stream.order import hash_key
 
 MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
 LossRows = Callable[..., torch.Tensor]
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scale
 
 
@@ -42,7 +42,8 @@ class Step:
 def placed(device: torch.device, settings: dict) -> Iterator[None]:
     """Modules are made where they live and in the precision that they compute in, not in fp32 on the host first."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(next((kind for name, kind in LOW.items() if settings[name]["enabled"]), torch.float32))
+    low = [DTYPES[name] for name in ("bf16", "fp16") if settings[name]["enabled"]]
+    torch.set_default_dtype(*low or [torch.float32])
     try:
         with device:
             yield

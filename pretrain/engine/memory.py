@@ -119,15 +119,16 @@ def activations(model: ModelConfig, rows: int, length: int, precision: str, chec
 
 
 def fitting(
-    model: ModelConfig, sizes: tuple[int, int], ranks: int, card_bytes: int, length: int, precision: str
-) -> Iterator[dict]:
+    model: ModelConfig, sizes: tuple[int, int], ranks: int, card_bytes: int, length: int, precision: str,
+    bucket: int = BUCKET,
+) -> Iterator[dict]:  # fmt: skip
     """What fits a card of so many bytes: stage, checkpointing, and of each the largest micro-batch, a power of two."""
     for checkpointing in (False, True):
         for stage in (1, 2, 3) if ranks > 1 else (1,):
             found = None
             for rows in (2**power for power in range(8)):
                 measured = activations(model, rows, length, precision, checkpointing)
-                needed = footprint(*sizes, stage, ranks, precision, measured).peak
+                needed = footprint(*sizes, stage, ranks, precision, measured, bucket).peak
                 if needed > card_bytes:
                     break
                 found = {"stage": stage, "micro_batch_size": rows, "activation_checkpointing": checkpointing,

@@ -237,6 +237,8 @@ def test_digests_depend_on_all_they_should():
     assert batch_hash(digests) == hashlib.sha256(np.array(sums, dtype="<u4").tobytes()).hexdigest()[:16]
     by_ranks = [float(a + b) for a, b in zip(*(digest_sums(part) for part in digests[:, None]), strict=True)]
     assert hash_of_sums(by_ranks) == batch_hash(digests) != batch_hash(digests[:1]), "ranks add it up"
+    many = np.full((1 << 22 | 1, 16), 255, dtype=np.uint8)  # more than fp64 would add up exactly
+    assert digest_sums(many).tolist() == [(1 << 22 | 1) * 0xFFFFFFFF % (1 << 32)] * 4
     other = Rows(np.array([3, 5]), rows.tokens, rows.is_target)
     assert (other.digests()[0] == digests[0]).all() and (other.digests()[1] != digests[1]).any()
 
