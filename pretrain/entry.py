@@ -23,7 +23,8 @@ from pretrain.checkpoint.manifest import Reader, step_folder
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.cli import FAILED, FINISHED, HELD, MISTAKE, STOPPED, Held, stops_as_ctrl_c
 from pretrain.config import compose
-from pretrain.config.schema import Config, ModelConfig, accumulation_steps, at_step, phases, to_yaml
+from pretrain.config.schema import Config, ModelConfig, to_yaml
+from pretrain.config.steps import accumulation_steps, at_step, phases
 from pretrain.engine import memory
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT

@@ -19,7 +19,8 @@ from pretrain.checkpoint.load import run_of
 from pretrain.cli import among
 from pretrain.config import compose
 from pretrain.config.held_out import HeldOut, column, held_out_sets, parted
-from pretrain.config.schema import Config, ModelConfig, accumulation_steps, with_steps
+from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.steps import accumulation_steps, with_steps
 from pretrain.engine.settings import check_extra
 from pretrain.evaluation.validation import together
 from pretrain.examples.stream import ExampleStream

@@ -11,7 +11,8 @@ import torch
 from pretrain import optim
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
-from pretrain.config.schema import Config, TrainConfig, at_step
+from pretrain.config.schema import Config, TrainConfig
+from pretrain.config.steps import at_step
 from pretrain.dist import Ranks, all_gather_objects, all_reduce_sum, expect_steps
 from pretrain.engine.engine import Engine, MicroBatch, Step
 from pretrain.evaluation.validation import Best, Evaluation

@@ -15,7 +15,8 @@ from pretrain import dist, entry, run_folder
 from pretrain.checkpoint.load import run_of
 from pretrain.config import checks
 from pretrain.config.held_out import HeldOut, held_out_sets
-from pretrain.config.schema import Config, accumulation_steps, at_step, phases, with_steps
+from pretrain.config.schema import Config
+from pretrain.config.steps import accumulation_steps, at_step, phases, with_steps
 from pretrain.engine.settings import check_extra
 from pretrain.evaluation.validation import Validation, together
 from pretrain.model.losses import loss_rows

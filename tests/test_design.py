@@ -33,7 +33,8 @@ INSIDE = {
         "chat": {"texts", "tokenizer"},
     },
     "config": {
-        "schema": set(), "held_out": set(), "checks": {"schema"}, "overrides": {"schema"}, "help": set(),
+        "schema": set(), "held_out": set(), "steps": {"schema"}, "checks": {"schema", "steps"},
+        "overrides": {"schema"}, "help": set(),
         "compose": {"checks", "held_out", "help", "overrides", "schema"},
     },
     "shards": {

@@ -3,16 +3,21 @@
 What a save costs the training that goes on beside it (`tools/bench.py checkpoint` is the same), of ours and of a thread
 that calls safetensors.save, in turn: how long training waits; how long another thread cannot run, as a save holds the
 GIL (its waiting for a core is not counted), and how much of that time this process computed (the rest is the machine's
-when others use it); how much longer a step is meanwhile; the delay of training over the CPU
-seconds of the thread that writes; the host's memory over the bytes that are saved.
+when others use it); how much longer a step is meanwhile, and which part of it the training thread neither ran nor
+waited for a core (it waits for the GIL, and with more than one thread for the others); the delay of training over the
+CPU seconds of the thread that writes; the host's memory over the bytes that are saved.
 
-With `--threads 1` a machine of two cores has one to spare for the thread that writes, with `--threads 2` none.
+With `--threads 1` a machine of two cores has one to spare for the thread that writes, with `--threads 2` none. Whether
+it has one indeed is told by "another process": how much longer a step is beside one that hashes and writes as much,
+and shares nothing with this one but the machine.
 """
 
 import argparse
 import contextlib
 import hashlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,13 +39,24 @@ from pretrain.files import sha256_of_file, write_synced
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
 
-ROUNDS = 3
+ROUNDS = {"14M": 9, "200M": 3, "tiny": 3}  # a short step varies by more
 MODELS = {
     "14M": ["model=llama_14m", "model.vocab_size=24576"], "200M": ["model=gpt2_350m", "model.layers=12"],
     "tiny": ["model=llama_tiny", "model.vocab_size=512"],
 }  # fmt: skip
 MEMORY, GAP, COMPUTING = "memory / fragments", "longest gap, ms", "most computing in a gap, ms"
-WAIT, STEP, CPU, DELAY = "training waits, s", "step / without", "writer's CPU, s", "delay / CPU"
+WAIT, STEP, BLOCKED = "training waits, s", "step / without", "of it blocked"
+CPU, DELAY = "writer's CPU, s", "delay / CPU"
+ANOTHER_PROCESS = """
+import hashlib, os, sys
+block = os.urandom(1 << 24)
+while True:
+    with open(sys.argv[1], "wb") as file:
+        for _ in range(int(sys.argv[2]) // len(block) + 1):
+            hashlib.sha256(block)
+            file.write(block)
+        os.fsync(file.fileno())
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,8 +89,11 @@ def report(size: str, threads: int, engine: Engine, step: Callable[[], object]) 
     step()
     with tempfile.TemporaryDirectory() as folder:
         ways = {"ours": Ours(Path(folder)), "safetensors.save": PlainThread(Path(folder))}
-        alone = {name: [measured_alone(way, engine) for _ in range(ROUNDS)] for name, way in ways.items()}
-        beside = [{name: measured_beside(way, engine, step) for name, way in ways.items()} for _ in range(ROUNDS)]
+        alone = {name: [measured_alone(way, engine) for _ in range(3)] for name, way in ways.items()}
+        beside, another = [], []
+        for _ in range(ROUNDS[size]):
+            beside.append({name: measured_beside(way, engine, step) for name, way in ways.items()})
+            another.append(beside_another_process(step, Path(folder) / "another", written))
     print(f"checkpoint: {size} ({written / 1e6:.0f} MB), {threads} threads; a step without a save "
           f"{1e3 * statistics.median(seconds_of(step) for _ in range(5)):.0f} ms, "
           f"longest gap without {1e3 * longest_gap(lambda: time.sleep(1))[0]:.1f} ms")  # fmt: skip
@@ -83,6 +102,7 @@ def report(size: str, threads: int, engine: Engine, step: Callable[[], object]) 
         figures = {MEMORY: memory[0] / written, GAP: 1e3 * max(gaps), COMPUTING: 1e3 * max(computing)}
         figures |= {key: statistics.median(found[name][key] for found in beside) for key in beside[0][name]}
         print(f"checkpoint: {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+    print(f"checkpoint: another process: {STEP} {statistics.median(another):.3f}", flush=True)
 
 
 class Ours:
@@ -146,14 +166,27 @@ def measured_beside(way: Ours | PlainThread, engine: Engine, step: Callable[[], 
     waited = time.perf_counter()
     thread = way.save(engine.layout.fragments_to_save())
     waited = time.perf_counter() - waited
-    found, whole = [], 0
+    found, whole, busy = [], 0, sum(scheduled(threading.get_native_id()))
     with reading_cpu(thread) as used:
         while not found or thread.is_alive():
             found.append(seconds_of(step))
             whole += thread.is_alive()  # the last step may see no more than the end of a save
     way.wait()
-    during = statistics.fmean(found[: max(whole, 1)])
-    return {WAIT: waited, STEP: during / usual, CPU: used[-1], DELAY: (sum(found) - len(found) * usual) / used[-1]}
+    during, all_of_it = statistics.fmean(found[: max(whole, 1)]), sum(found)
+    blocked = all_of_it - (sum(scheduled(threading.get_native_id())) - busy)
+    return {WAIT: waited, STEP: during / usual, BLOCKED: blocked / all_of_it, CPU: used[-1],
+            DELAY: (all_of_it - len(found) * usual) / used[-1]}  # fmt: skip
+
+
+def beside_another_process(step: Callable[[], object], path: Path, size: int) -> float:
+    """How much longer a step is while a process of its own hashes and writes `size` bytes over and over."""
+    usual = statistics.median(seconds_of(step) for _ in range(5))
+    with subprocess.Popen([sys.executable, "-c", ANOTHER_PROCESS, str(path), str(size)]) as process:
+        try:
+            time.sleep(1)  # it has started
+            return statistics.fmean(seconds_of(step) for _ in range(5)) / usual
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager

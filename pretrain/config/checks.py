@@ -7,7 +7,8 @@ import difflib
 import math
 from typing import Any
 
-from pretrain.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten, phases
+from pretrain.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten
+from pretrain.config.steps import phases
 
 READS = {  # what a task, or a method, reads of those settings that not all of them read
     "task": {

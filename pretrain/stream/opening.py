@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.config.schema import DataConfig, TrainConfig, phases
+from pretrain.config.schema import DataConfig, TrainConfig
+from pretrain.config.steps import phases
 from pretrain.shards import manifest as manifests
 from pretrain.shards.manifest import Manifest
 from pretrain.shards.remote import CacheSettings

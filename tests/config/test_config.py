@@ -12,12 +12,11 @@ from pretrain.config import checks, compose
 from pretrain.config.schema import (
     ADDED_TO_MODELS,
     ADDED_TO_TASKS,
-    accumulation_steps,
     differences,
     flatten,
     to_yaml,
-    with_steps,
 )
+from pretrain.config.steps import accumulation_steps, with_steps
 from pretrain.hub import folder
 from pretrain.tasks import instruct
 

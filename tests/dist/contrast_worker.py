@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from pretrain import dist
 from pretrain.config import compose
-from pretrain.config.schema import accumulation_steps
+from pretrain.config.steps import accumulation_steps
 from pretrain.engine.engine import Engine
 from pretrain.engine.settings import deepspeed_config
 from pretrain.examples.stream import Examples, ExampleStream, Ragged, make_examples

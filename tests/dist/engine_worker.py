@@ -22,7 +22,8 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.config import compose
-from pretrain.config.schema import Config, ModelConfig, accumulation_steps
+from pretrain.config.schema import Config, ModelConfig
+from pretrain.config.steps import accumulation_steps
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config

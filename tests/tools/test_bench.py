@@ -24,7 +24,8 @@ def test_both_ways_of_saving_are_measured(tool):
         found = dict(
             re.findall(r"([a-z][^,]*(?:, \w+)?) (-?[\d.]+)(?:, |$)", line.removeprefix(f"checkpoint: {way}: "))
         )
-        assert len(found) == 7 and all(float(value) > -1e3 for value in found.values()), line
+        assert len(found) == 8 and all(float(value) > -1e3 for value in found.values()), line
+    assert re.fullmatch(r"checkpoint: another process: step / without [\d.]+", said[-1])
 
 
 def test_an_unknown_one_is_refused(tool):
