@@ -66,6 +66,7 @@ class Engine:
         whole batch: it gives the micro-batches to use, and `run(number, function)` computes `function(model,
         **micro_batches[number])` without gradients.
         """
+        torch.set_flush_denormal(True)  # moments that fade away pass through numbers that a CPU is slow with
         deepspeed_logger.setLevel("ERROR")
         bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, and collects garbage, at every start
         # Built at first use, for ~2 minutes, to speed up what gloo does well enough for the sizes a CPU trains.

@@ -267,7 +267,8 @@ def made(stage: int, precision: str, ranks, device) -> dict:
     built = build(stage, precision, 2, ranks, device, models_of=watched_model)
     shapes = [math.prod(getattr(p, "ds_shape", p.shape)) for p in built.parameters.values()]
     same = torch.equal(drawn_before, torch.get_rng_state())
-    return sizes | {"elements": sum(shapes), "largest": max(shapes), "drew": not same}
+    fading = (torch.full((1 << 20,), 1e-39) * 1.0).count_nonzero().item()  # by every thread
+    return sizes | {"elements": sum(shapes), "largest": max(shapes), "drew": not same, "fading": fading}
 
 
 def gradient(micro: int, ranks, device) -> dict:
