@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pretrain import optim
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
 from pretrain.config.schema import Config, TrainConfig
@@ -18,6 +17,7 @@ from pretrain.engine.engine import Engine, MicroBatch, Step
 from pretrain.evaluation.validation import Best, Evaluation
 from pretrain.examples.stream import ExampleRows, ExampleStream
 from pretrain.guard import Guard
+from pretrain.optim.schedule import learning_rate
 from pretrain.report.log import Log
 from pretrain.stream.objectives import IGNORE
 from pretrain.stream.order import hash_key
@@ -60,7 +60,7 @@ def train_loop(
     targets = all_reduce_sum(torch.tensor(batch.targets, dtype=torch.float64)).to(engine.device)
     while step < train.steps and not stopped:
         started, now, seed = time.perf_counter(), batch, hash_key(config.seed, step)
-        lr = optim.learning_rate(step - skipped, train.steps, config.optim.lr, config.schedule)
+        lr = learning_rate(step - skipped, train.steps, config.optim.lr, config.schedule)
         micro_batches = [on_device(part, engine.device) for part in now.parts()]
         batch = ahead(batches) if step + 1 < train.steps else NO_BATCH
         tallies = (batch.targets, *now.digests, *guard.flags())

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain import optim
 from pretrain.checkpoint.manifest import committed
 from pretrain.cli import Held
 from pretrain.config import compose
 from pretrain.config.schema import Config, differences
 from pretrain.files import DATA, holder, read_object, take, why_not_in
+from pretrain.optim.schedule import learning_rate
 
 SHAPES_EXAMPLES = ("train.seq_len:", "data.train:")  # what makes other examples of the same file, or of another
 LOCK = ".lock"  # held by the process that trains, as long as it lives
@@ -101,7 +101,7 @@ def _jump(before: Config, cfg: Config) -> list[str]:
     if not 0 < step < cfg.train.steps:
         return []
     planned, now, last = (
-        optim.learning_rate(at, config.train.steps or step, config.optim.lr, config.schedule)
+        learning_rate(at, config.train.steps or step, config.optim.lr, config.schedule)
         for config, at in ((before, step), (cfg, step), (before, step - 1))
     )
     if abs(now - planned) <= 0.1 * max(now, planned):

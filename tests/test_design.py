@@ -64,6 +64,9 @@ INSIDE = {
     "inference": {
         "generate": set(), "vectors": set(),
     },
+    "optim": {
+        "matrices": set(), "schedule": set(), "muon": {"matrices"}, "optimizers": {"muon"},
+    },
     "engine": {
         "fragments": set(), "settings": set(), "memory": {"settings"}, "engine": {"fragments"},
     },

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pretrain import dist, hardware, optim
+from pretrain import dist, hardware
 from pretrain.cli import FAILED, FINISHED, run_tool
 from pretrain.config import compose
 from pretrain.config.schema import Config
@@ -31,6 +31,7 @@ from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
+from pretrain.optim import optimizers
 
 TINY = ["model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=2", "model.ffn_width=128",
         "model.vocab_size=256", "train.seq_len=32"]  # fmt: skip
@@ -236,8 +237,7 @@ def by_torch_alone(cfg: Config, parts: Parts, targets: int) -> tuple[torch.nn.Mo
     model = build_model(cfg.model)
     for name, parameter in model.named_parameters():
         fill_initial(parameter.data.view(-1), 0, name, tuple(parameter.shape), cfg.model, 0)
-    groups = optim.parameter_groups(model.named_parameters(), cfg.optim.weight_decay)
-    optimizer = optim.build(replace(cfg.optim, lr=LR), groups)
+    optimizer = optimizers.build(replace(cfg.optim, lr=LR), model.named_parameters())
     loss = sum(loss_rows(model, **part).sum() for part in parts) / targets
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip)

@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, flatten
 from pretrain.config.steps import phases
 
-READS = {  # what a task, or a method, reads of those settings that not all of them read
+READS = {  # what a task, a method, or an optimizer reads of those settings that not all of them read
     "task": {
         "classification": {"text", "text_pair", "label", "labels", "multi_label", "class_weights", "pooling"},
         "token_classification": {"tokens", "tags", "labels"},
@@ -23,6 +23,7 @@ READS = {  # what a task, or a method, reads of those settings that not all of t
         "full": {"layer_lr_decay"}, "head": set(), "last_layers": {"last_layers", "layer_lr_decay"},
         "lora": {"lora_rank", "lora_alpha", "lora_on", "layer_lr_decay"},
     },
+    "optim": {"adamw": set(), "muon": {"momentum", "adamw_lr_scale"}},
 }  # fmt: skip
 TASKS = tuple(READS["task"])
 CHOICES = {
@@ -40,7 +41,7 @@ CHOICES = {
     "model.init": ("scaled", "normal", "zero_residual", "xavier"),
     "data.packing": ("window", "best_fit", "none"),
     "objective.name": ("causal_lm", "masked_lm"),
-    "optim.name": ("adamw",),
+    "optim.name": tuple(READS["optim"]),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "deepspeed.stage": (0, 1, 2, 3),
     "task.name": TASKS,
@@ -54,9 +55,9 @@ CHOICES = {
 POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints", "model.layers",
     "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std", "model.rope_theta",
-    "model.rope_factor", "model.lora_alpha", "objective.mask_rate", "optim.lr", "optim.eps", "data.prefetch_batches",
-    "data.cache_gb", "task.max_answer_tokens", "task.temperature", "task.max_new_tokens", "tuning.last_layers",
-    "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
+    "model.rope_factor", "model.lora_alpha", "objective.mask_rate", "optim.lr", "optim.eps", "optim.adamw_lr_scale",
+    "data.prefetch_batches", "data.cache_gb", "task.max_answer_tokens", "task.temperature", "task.max_new_tokens",
+    "tuning.last_layers", "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.steps", "train.epochs", "train.save_every", "train.checkpoint_file_gb", "train.eval_every",
@@ -67,7 +68,7 @@ NOT_NEGATIVE = (
     "task.generate_samples", "tuning.early_stopping",
 )  # fmt: skip
 FRACTIONS = (
-    "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "schedule.min_lr_ratio",
+    "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "optim.momentum", "schedule.min_lr_ratio",
     "schedule.decay_fraction", "tuning.layer_lr_decay",
 )  # fmt: skip
 
@@ -167,6 +168,9 @@ def _check_tuning(config: Config) -> None:
         raise ValueError("task.class_weights is for one label a text: leave it out with task.multi_label=true")
     if config.task.figures != "none" and not config.task.generate_samples:
         raise ValueError(f"task.figures={config.task.figures} is of responses: give task.generate_samples")
+    if config.optim.name == "muon" and config.tuning.method in ("head", "lora"):
+        raise ValueError(f"optim=muon is for the matrices of the blocks, and with tuning={config.tuning.method} none "
+                         "of them learns: take optim=adamw")  # fmt: skip
     if config.data.packing == "window":
         raise ValueError("data.packing=window is for shards of tokens: take best_fit or none")
     if config.model.lora_rank:
@@ -174,10 +178,10 @@ def _check_tuning(config: Config) -> None:
 
 
 def check_said(config: Config, section: str, said: dict[str, str]) -> None:
-    """Of a fine-tuning run the keys of `task` or `tuning` that the user gave, each with where it came from: what is
-    chosen there must read them.
+    """The keys of a section of `READS` that the user gave, each with where it came from: what is chosen there must read
+    them.
     """
-    chosen = config.task.name if section == "task" else config.tuning.method
+    chosen = config.tuning.method if section == "tuning" else getattr(config, section).name
     for key in sorted(said.keys() - READS[section][chosen]):
         if readers := [name for name, keys in READS[section].items() if key in keys]:
             raise ValueError(f"{section}.{key} (from {said[key]}) is for {section}={' or '.join(readers)}, not "

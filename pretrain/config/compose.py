@@ -24,7 +24,14 @@ from pretrain.config.checks import check, check_said
 from pretrain.config.held_out import held_out_sets, split_name
 from pretrain.config.help import help_text, in_our_words, wants_help
 from pretrain.config.overrides import PATHS, as_typed, schema_keys
-from pretrain.config.schema import ADDED_TO_MODELS, ADDED_TO_TASKS, ADDED_TO_TRAINING, Config, PhaseConfig
+from pretrain.config.schema import (
+    ADDED_TO_MODELS,
+    ADDED_TO_OPTIMIZERS,
+    ADDED_TO_TASKS,
+    ADDED_TO_TRAINING,
+    Config,
+    PhaseConfig,
+)
 
 ReadModel = Callable[[str], dict[str, Any]]
 
@@ -141,9 +148,8 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
     except OmegaConfBaseException as error:
         raise ValueError(_explain_key(error, origin)) from error
     held_out_sets(config.data.val)  # judged here, not of a run that is read: what is a name depends on what is there
-    if config.task is not None:
-        for section in ("task", "tuning"):
-            check_said(config, section, {key: _source(f"{section}.{key}", origin) for key in _said(origin, section)})
+    for section in ("optim",) if config.task is None else ("optim", "task", "tuning"):
+        check_said(config, section, {key: _source(f"{section}.{key}", origin) for key in _said(origin, section)})
     return config
 
 
@@ -231,6 +237,7 @@ def read(path: Path) -> Config:
     try:
         saved["model"] = ADDED_TO_MODELS | saved["model"]
         saved["train"] = ADDED_TO_TRAINING | saved["train"]
+        saved["optim"] = ADDED_TO_OPTIMIZERS | saved["optim"]
         if saved.get("task"):
             saved["task"] = ADDED_TO_TASKS | saved["task"]
     except (KeyError, TypeError):

@@ -143,13 +143,19 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer at its peak learning rate. `grad_clip` is the largest global gradient norm, 0 for no clipping."""
+    """The optimizer at its peak learning rate. `grad_clip` is the largest global gradient norm, 0 for no clipping.
+
+    `momentum` is Muon's, `beta1`, `beta2` and `eps` AdamW's, which under `muon` steps what is no matrix of a block, at
+    `adamw_lr_scale` times the learning rate.
+    """
 
     name: str
     lr: float
     beta1: float
     beta2: float
     eps: float
+    momentum: float
+    adamw_lr_scale: float
     weight_decay: float
     grad_clip: float
 
@@ -259,9 +265,10 @@ class Config:
     tuning: Optional[TuningConfig] = None  # noqa: UP045
 
 
-# Keys that models, training and tasks of earlier versions lack, with what those are.
+# Keys that models, training, optimizers and tasks of earlier versions lack, with what those are.
 ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
 ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False, "checkpoint_file_gb": 4.0}
+ADDED_TO_OPTIMIZERS = {"momentum": 0.95, "adamw_lr_scale": 1.0}
 ADDED_TO_TASKS = {"pooling": None}
 
 

@@ -9,11 +9,11 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups
 from deepspeed.utils.logging import logger as deepspeed_logger
 
-from pretrain import optim
 from pretrain.config.schema import OptimConfig
 from pretrain.dist import HostCopy, LateSum, Ranks
 from pretrain.engine.fragments import Whole, layout_of
 from pretrain.hardware import DTYPES
+from pretrain.optim import optimizers
 from pretrain.stream.order import hash_key
 
 MicroBatch = dict[str, torch.Tensor]  # of b rows each: what `LossRows` takes besides the model
@@ -77,12 +77,14 @@ class Engine:
         self.world_size, self.rank, self.device, self.loss_rows = ranks.world_size, ranks.rank, device, loss_rows
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else placed(device, settings):
             model = build_model()
-        parts = optim.parameter_groups(model.named_parameters(), optim_config.weight_decay, lr_scale)
-        self.engine, optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optim.build(optim_config, parts), config=settings
-        )
+        stepped_by = optimizers.build(optim_config, model.named_parameters(), lr_scale)
+        self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=stepped_by, config=settings)
         self.parameters = dict(self.engine.module.named_parameters())
-        self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank, optim_config.name)
+        self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank)
+        if matrices := self.layout.matrices():
+            dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
+            partners = self.engine.seq_data_parallel_group  # over which DeepSpeed cuts
+            self.layout.torch_optimizer.arrange(matrices, self.rank, self.world_size, partners, dtype)
         self._scaler = optimizer.loss_scaler if settings["fp16"]["enabled"] else None
 
     @property

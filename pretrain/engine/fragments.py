@@ -8,16 +8,18 @@ loading are all a walk over that list.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch.nn import Parameter
 
-from pretrain import optim
+from pretrain.optim.matrices import Matrix
+from pretrain.optim.optimizers import STATE_KINDS, init_state
 
 WEIGHT = "weight"
+# A fp32 tensor that the torch optimizer steps, its parameter group, and the parameters that it has something of.
+Stepped = tuple[torch.Tensor, dict, list[Parameter]]
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Fragment:
 class Layout(ABC):
     """How a ZeRO stage lays out over the ranks what it trains. `optimizer` is DeepSpeed's, around torch's own."""
 
-    def __init__(self, parameters: dict[str, Parameter], optimizer: Any, rank: int, optimizer_name: str):
+    def __init__(self, parameters: dict[str, Parameter], optimizer: Any, rank: int):
         self.parameters, self.optimizer, self.rank = parameters, optimizer, rank
         self.torch_optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.state_kinds = optim.STATE_KINDS[optimizer_name]
-        self._states = {id(flat): optim.init_state(self.torch_optimizer, optimizer_name, flat)
-                        for flat in self.stepped()}  # fmt: skip
+        self._states, self._kinds, self._tensors = {}, {}, {}
+        for tensor, group, members in self.stepped():
+            self._states[id(tensor)] = init_state(self.torch_optimizer, group["algorithm"], tensor)
+            self._kinds |= {id(parameter): STATE_KINDS[group["algorithm"]] for parameter in members}
+            self._tensors |= {id(parameter): tensor for parameter in members}
 
     def fragments(self) -> Iterator[Fragment]:
         """All that this rank owns: together the ranks own every element exactly once, or each of them all of it."""
@@ -66,9 +70,18 @@ class Layout(ABC):
             state["step"].fill_(float(optimizer_steps))
         self.refresh_weights()
 
+    def matrices(self) -> list[Matrix]:
+        """The matrices that Muon steps, on all ranks in the same order."""
+        return [self.matrix(tensor, parameter) for tensor, group, members in self.stepped()
+                for parameter in members if group["algorithm"] == "muon"]  # fmt: skip
+
     @abstractmethod
-    def stepped(self) -> list[torch.Tensor]:
-        """The fp32 tensors that the torch optimizer steps."""
+    def stepped(self) -> Iterator[Stepped]:
+        """All that the torch optimizer steps."""
+
+    @abstractmethod
+    def matrix(self, tensor: torch.Tensor, parameter: Parameter) -> Matrix:
+        """Where a parameter lies in the tensor that this rank steps, and in those of the others."""
 
     @abstractmethod
     def learning(self, name: str, parameter: Parameter) -> Iterator[Fragment]:
@@ -86,18 +99,18 @@ class Layout(ABC):
 class Whole(Layout):
     """Stage 0 in fp32: DeepSpeed leaves the torch optimizer as it is, and every rank holds everything."""
 
-    def stepped(self) -> list[torch.Tensor]:
-        return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
+    def stepped(self) -> Iterator[Stepped]:
+        for group in self.torch_optimizer.param_groups:
+            yield from ((parameter, group, [parameter]) for parameter in group["params"])
+
+    def matrix(self, tensor: torch.Tensor, parameter: Parameter) -> Matrix:
+        return Matrix(tensor, tuple(parameter.shape))
 
     def learning(self, name: str, parameter: Parameter) -> Iterator[Fragment]:
-        full, shape = self.full(parameter), tuple(parameter.shape)
+        full, shape = self._tensors[id(parameter)], tuple(parameter.shape)
         yield Fragment(name, WEIGHT, 0, shape, full.data.view(-1), is_shared=True)
-        for kind in self.state_kinds:
+        for kind in self._kinds[id(parameter)]:
             yield Fragment(name, kind, 0, shape, self._states[id(full)][kind].view(-1), is_shared=True)
-
-    def full(self, parameter: Parameter) -> torch.Tensor:
-        """The fp32 tensor of a parameter."""
-        return parameter
 
     def refresh_weights(self) -> None:
         pass
@@ -106,34 +119,33 @@ class Whole(Layout):
 class WholeWithCopies(Whole):
     """Stage 0 in bf16: every rank holds everything, the weights also as fp32 copies, which the optimizer steps."""
 
-    def full(self, parameter: Parameter) -> torch.Tensor:
-        return self._copies[id(parameter)][1]
+    def stepped(self) -> Iterator[Stepped]:
+        for group, lows in zip(self.torch_optimizer.param_groups, self.optimizer.fp16_groups, strict=True):
+            yield from ((full, group, [low]) for full, low in zip(group["params"], lows, strict=True))
 
     def refresh_weights(self) -> None:
-        for low, full in self._copies.values():
+        for full, _, [low] in self.stepped():
             low.data.copy_(full.data)
-
-    @cached_property
-    def _copies(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """id of a parameter -> (it, its fp32 copy)."""
-        return {
-            id(low): (low, full)
-            for lows, fulls in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
-            for low, full in zip(lows, fulls, strict=True)
-        }
 
 
 class Partitioned(Layout):
     """Stages 1 and 2: a group's parameters are one flat buffer, of which each rank steps one stretch."""
 
-    def __init__(self, parameters: dict[str, Parameter], optimizer: Any, rank: int, optimizer_name: str):
-        super().__init__(parameters, optimizer, rank, optimizer_name)
+    def __init__(self, parameters: dict[str, Parameter], optimizer: Any, rank: int):
+        super().__init__(parameters, optimizer, rank)
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def stepped(self) -> list[torch.Tensor]:
-        # The second name is that of stage 1 with bf16 weights and fp32 gradients.
-        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-        return list(next(getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name)))
+    def stepped(self) -> Iterator[Stepped]:
+        names = "single_partition_of_fp32_groups", "bit16_groups"
+        if not hasattr(self.optimizer, names[0]):  # stage 1 with bf16 weights and fp32 gradients
+            names = "fp32_groups_flat_partition", "bf16_groups"
+        flats, members = (getattr(self.optimizer, name) for name in names)
+        yield from zip(flats, self.torch_optimizer.param_groups, members, strict=True)
+
+    def matrix(self, tensor: torch.Tensor, parameter: Parameter) -> Matrix:
+        # A parameter is a view into the buffer of its group, in which the ranks' stretches follow one another.
+        start, width = parameter.storage_offset(), tensor.numel()
+        return Matrix(tensor, tuple(parameter.shape), max(0, start - self.rank * width), start, width)
 
     def learning(self, name: str, parameter: Parameter) -> Iterator[Fragment]:
         mapping = parameter._hp_mapping
@@ -141,7 +153,7 @@ class Partitioned(Layout):
             return
         offset, shape = mapping.lp_fragment_address.start, tuple(parameter.shape)
         yield Fragment(name, WEIGHT, offset, shape, mapping.get_hp_fragment().data)
-        for kind in self.state_kinds:
+        for kind in self._kinds[id(parameter)]:
             yield Fragment(name, kind, offset, shape, mapping.get_hp_fragment(kind))
 
     def refresh_weights(self) -> None:
@@ -151,8 +163,15 @@ class Partitioned(Layout):
 class Sharded(Layout):
     """Stage 3: of every parameter each rank holds and steps one part of equal length, the last one padded."""
 
-    def stepped(self) -> list[torch.Tensor]:
-        return list(self.optimizer.fp32_partitioned_groups_flat)
+    def stepped(self) -> Iterator[Stepped]:
+        flats, members = self.optimizer.fp32_partitioned_groups_flat, self.optimizer.fp16_groups
+        for number, (flat, parameters) in enumerate(zip(flats, members, strict=True)):  # sub-groups, of a group's parts
+            group = self.torch_optimizer.param_groups[self.optimizer.sub_group_to_group_id[number]]
+            yield flat, group, parameters
+
+    def matrix(self, tensor: torch.Tensor, parameter: Parameter) -> Matrix:
+        place = safe_get_local_fp32_param(parameter).storage_offset() - tensor.storage_offset()
+        return Matrix(tensor, tuple(parameter.ds_shape), place, 0, parameter.ds_tensor.ds_numel)
 
     def learning(self, name: str, parameter: Parameter) -> Iterator[Fragment]:
         offset, owned = self._part_of(parameter)
@@ -160,7 +179,7 @@ class Sharded(Layout):
             return
         shape = tuple(parameter.ds_shape)
         yield Fragment(name, WEIGHT, offset, shape, safe_get_local_fp32_param(parameter).data[:owned])
-        for kind in self.state_kinds:
+        for kind in self._kinds[id(parameter)]:
             yield Fragment(name, kind, offset, shape, safe_get_local_optimizer_state(parameter, kind)[:owned])
 
     def frozen(self, name: str, parameter: Parameter) -> Iterator[Fragment]:
@@ -187,8 +206,8 @@ class Sharded(Layout):
         return offset, max(0, min(width, parameter.ds_numel - offset))
 
 
-def layout_of(stage: int, parameters: dict[str, Parameter], optimizer: Any, rank: int, optimizer_name: str) -> Layout:
+def layout_of(stage: int, parameters: dict[str, Parameter], optimizer: Any, rank: int) -> Layout:
     """The layout that DeepSpeed has chosen for a ZeRO stage: `optimizer` is the one its engine returned."""
     whole = WholeWithCopies if hasattr(optimizer, "optimizer") else Whole
     layout = {0: whole, 1: Partitioned, 2: Partitioned, 3: Sharded}[stage]
-    return layout(parameters, optimizer, rank, optimizer_name)
+    return layout(parameters, optimizer, rank)

@@ -11,6 +11,7 @@ from pretrain import tasks
 from pretrain.config import checks, compose
 from pretrain.config.schema import (
     ADDED_TO_MODELS,
+    ADDED_TO_OPTIMIZERS,
     ADDED_TO_TASKS,
     differences,
     flatten,
@@ -67,6 +68,10 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["optim.lr=[1]"], ["optim.lr"]),
         (["optim.lr=nan"], ["optim.lr", "finite"]),
         (["optim.lr=0"], ["optim.lr", "greater than 0"]),
+        (["optim=mun"], ["optim=mun", "did you mean muon?"]),
+        (["optim.momentum=0.9"], ["optim.momentum", "command line", "is for optim=muon, not adamw: drop it"]),
+        (["optim=muon", "optim.momentum=2"], ["optim.momentum=2", "between 0 and 1"]),
+        (["optim=muon", "optim.adamw_lr_scale=0"], ["optim.adamw_lr_scale", "greater than 0"]),
         (["train.steps=-1"], ["train.steps", "must not be negative"]),
         (["train.steps=0"], ["train.steps=0", "train.epochs=0"]),
         (["train.global_batch_size=0"], ["train.global_batch_size", "greater than 0"]),
@@ -151,7 +156,7 @@ def test_a_text_that_looks_like_an_interpolation_stays_text(tmp_path):
 def test_a_run_of_an_earlier_version_is_read(tmp_path):
     now = compose.compose("pretrain", ["run.name=x"])
     saved = yaml.safe_load(to_yaml(now))
-    for section, keys in (("model", ADDED_TO_MODELS), ("train", ["epochs"])):
+    for section, keys in (("model", ADDED_TO_MODELS), ("train", ["epochs"]), ("optim", ADDED_TO_OPTIMIZERS)):
         for key in keys:
             del saved[section][key]
     del saved["task"], saved["tuning"]

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain import dist, optim
+from pretrain import dist
 from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import Header
 from pretrain.checkpoint.save import Checkpoints
@@ -31,6 +31,7 @@ from pretrain.model import losses
 from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.optim import optimizers
 from pretrain.stream.objectives import IGNORE
 from tests.models import filled_model, initial_values
 
@@ -42,7 +43,9 @@ for _row in range(BATCH):  # rows with very different numbers of targets: a mean
     LABELS[:, _row, : 3 * _row] = IGNORE
 # What learns of a model: all of it, thin matrices beside it, or its head alone.
 PARTS = {"all": ([], lambda name: True), "lora": (["model.lora_rank=2"], lambda name: "lora_" in name),
-         "head": (["model.tied_embeddings=false"], lambda name: name.startswith("head."))}  # fmt: skip
+         "head": (["model.tied_embeddings=false"], lambda name: name.startswith("head.")),
+         "muon": (["optim=muon", "optim.adamw_lr_scale=0.5", "model.layers=2", "model.ffn_width=120"],
+                  lambda name: True)}  # fmt: skip
 DOCUMENTS = (torch.rand(2 * BATCH, LENGTH, generator=GENERATOR) < 0.2).cumsum(1)
 
 
@@ -80,15 +83,15 @@ def config_of(stage: int, part: str) -> Config:
 
 def build(
     stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all", extra=None,
-    models_of=build_model,
+    models_of=build_model, batch=BATCH, lr_scale=lambda name: 1.0,
 ) -> Engine:  # fmt: skip
     cfg = config_of(stage, part)
     if is_in_one_go(stage, precision):
-        micro = BATCH // ranks.world_size
-    train_config = replace(cfg.train, global_batch_size=BATCH, micro_batch_size=micro)
+        micro = batch // ranks.world_size
+    train_config = replace(cfg.train, global_batch_size=batch, micro_batch_size=micro)
     accumulation = accumulation_steps(train_config, ranks.world_size)
     deepspeed = replace(cfg.deepspeed, extra=extra or {})
-    settings = deepspeed_config(deepspeed, BATCH, micro, accumulation, clip, precision)
+    settings = deepspeed_config(deepspeed, batch, micro, accumulation, clip, precision)
     optim_config = replace(cfg.optim, grad_clip=clip, eps=eps)
 
     def new_model() -> torch.nn.Module:
@@ -97,7 +100,7 @@ def build(
             parameter.requires_grad_(PARTS[part][1](name))
         return model
 
-    built = Engine(new_model, loss_rows, settings, optim_config, ranks, device)
+    built = Engine(new_model, loss_rows, settings, optim_config, ranks, device, lr_scale)
     for f in built.layout.fragments():
         if f.kind == WEIGHT:
             fill_initial(f.values, f.offset, f.name, f.shape, cfg.model, 0)
@@ -127,8 +130,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
     built = build(stage, precision, 2, ranks, device, eps=1e-4)
     everything = {"inputs": TOKENS[:, :, :-1].flatten(0, 1), "labels": LABELS.flatten(0, 1), "documents": DOCUMENTS}
     model = filled_model(built.model_config)
-    groups = optim.parameter_groups(model.named_parameters(), built.optim_config.weight_decay)
-    torch_optimizer = optim.build(built.optim_config, groups)
+    torch_optimizer = optimizers.build(built.optim_config, model.named_parameters())
     found, expected = [], []
     for rows in (8, 4, 16):
         micro = (rows if is_in_one_go(stage, precision) else 2) // ranks.world_size
@@ -190,11 +192,11 @@ def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
     }  # fmt: skip
 
 
-def half(stage: int, folder: Path, ranks, device) -> dict:
+def half(stage: int, folder: Path, ranks, device, part="all") -> dict:
     """fp16: a few steps, beside those that go on from a checkpoint of half of them, and from a scale at which gradients
     overflow.
     """
-    built = build(stage, "fp16", 2, ranks, device)
+    built = build(stage, "fp16", 2, ranks, device, part=part)
     built.loss_scale = {"cur_scale": 2.0**10, "cur_hysteresis": 1}
     first = train(built, ranks, 3)
     path, scale = folder / f"fp16-{stage}", built.loss_scale
@@ -202,7 +204,7 @@ def half(stage: int, folder: Path, ranks, device) -> dict:
     saver.save(Header(3, "adamw", built.layout.optimizer_steps, {}, {}, scale), built.layout.fragments_to_save())
     assert saver.wait()
     rest = train(built, ranks, 3, first=3)
-    resumed = build(stage, "fp16", 2, ranks, device)
+    resumed = build(stage, "fp16", 2, ranks, device, part=part)
     header = load.fill(load.choose(path, ranks, lambda kind, **facts: None), resumed.layout.fragments())
     resumed.layout.refresh(header.optimizer_steps)
     resumed.loss_scale = header.loss_scale

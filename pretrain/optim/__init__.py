@@ -1,0 +1,1 @@
+"""What updates the weights: AdamW, Muon, and the learning rate over the steps."""

@@ -1,0 +1,40 @@
+"""Which parameters decay, and states that are made before the first step."""
+
+import pytest
+import torch
+
+from pretrain.config import compose
+from pretrain.model.heads import LanguageModel
+from pretrain.optim import optimizers
+
+
+def test_matrices_decay_and_vectors_and_position_tables_do_not():
+    overrides = ["run.name=x", "model=gpt2_124m", "model.layers=1", "model.width=48", "model.vocab_size=32"]
+    model = LanguageModel(compose.compose("pretrain", overrides).model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    config = compose.compose("pretrain", [*overrides, "optim.weight_decay=0.3"]).optim
+    groups = optimizers.build(config, model.named_parameters()).param_groups
+    decayed = {names[id(p)] for p in groups[0]["params"]}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert "trunk.embedding.weight" in decayed and "trunk.blocks.0.attention.q.weight" in decayed
+    others = {names[id(p)] for p in groups[1]["params"]}
+    undecayed = ("bias", "norm.weight", "positions.weight")
+    assert "trunk.positions.weight" in others and all(n.endswith(undecayed) for n in others)
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_state_made_early_changes_nothing(name):
+    """Steps are the same whether the state was made by us before the first one or by the optimizer at it."""
+    results = []
+    for early in (False, True):
+        parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+        cfg = compose.compose("pretrain", ["run.name=x", f"optim={name}"]).optim
+        optimizer = optimizers.build(cfg, [("trunk.blocks.0.ffn.up.weight", parameter)])
+        if early:
+            optimizers.init_state(optimizer, name, parameter)
+        for step in range(3):
+            parameter.grad = torch.full((2, 3), 0.5 + step)
+            optimizer.step()
+        results.append(parameter.detach().clone())
+        assert set(optimizer.state[parameter]) == {"step", *optimizers.STATE_KINDS[name]}
+    assert torch.equal(*results)
