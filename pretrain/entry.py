@@ -107,7 +107,7 @@ def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> str:
     for phase in phases(cfg.train):
         check_stage(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
     if device.type == "cuda":
-        sizes, bucket = memory.counts(plan.model, plan.trainable), bucket_of(cfg.deepspeed)
+        sizes, bucket = memory.counts(plan.model, cfg.optim.name, plan.trainable), bucket_of(cfg.deepspeed)
         memory.check_fits(sizes, stage, ranks.world_size, precision, hardware.memory_of(device), bucket)
     return precision
 

@@ -265,7 +265,7 @@ def peak_memory(place: Place, cfg: Config, rows: int, accumulation: int) -> tupl
 
 def footprint(cfg: Config, precision: str, rows: int) -> memory.Footprint:
     activations = memory.activations(cfg.model, rows, cfg.train.seq_len, precision, cfg.train.activation_checkpointing)
-    return memory.footprint(*memory.counts(cfg.model), cfg.deepspeed.stage, 1, precision, activations)
+    return memory.footprint(memory.counts(cfg.model, cfg.optim.name), cfg.deepspeed.stage, 1, precision, activations)
 
 
 def curve(place: Place) -> Iterator[Row]:
@@ -326,7 +326,7 @@ def speed(name: str, place: Place) -> Iterator[Row]:
     cfg = place.configured(overrides)
     if not place.is_tiny:
         room = int(USABLE * hardware.memory_of(place.device))
-        memory.check_fits(memory.counts(cfg.model), 1, 1, place.low, room)
+        memory.check_fits(memory.counts(cfg.model, cfg.optim.name), 1, 1, place.low, room)
         while rows > 1 and footprint(cfg, place.low, rows).peak > room:
             rows //= 2
     row, step = peak_memory(place, cfg, rows, 2)

@@ -34,12 +34,12 @@ the token embedding; one of its own counts).
 flops_per_token: forward and backward, 6 a matrix weight and 12 x layers x width x T for attention (windows count as
 full). A model that is not causal is trained by masked_lm: only objective.mask_rate of its tokens need logits.
 
-bytes, with AdamW as the trainer runs it, gradients accumulated over micro-batches:
+bytes, as the trainer runs it, gradients accumulated over micro-batches:
   weights    that the model computes with: 2 bytes each in bf16 and fp16, 4 in fp32; ZeRO 3 shares them out
   gradients  summed over the micro-batches in fp32, 4 bytes each; ZeRO 2 and 3 share them out; ZeRO 0 sums nothing up in
              bf16, and has 2 bytes each
-  optimizer  two moments, 8 bytes a weight, and the weights in fp32, 4 (not for ZeRO 0 in fp32, where the weights are);
-             ZeRO 1, 2 and 3 share them out
+  optimizer  two moments, 8 bytes a weight (optim=muon: one, 4 bytes, of the matrices of blocks), and the weights in
+             fp32, 4 (not for ZeRO 0 in fp32, where the weights are); ZeRO 1, 2 and 3 share them out
   extra      the most that comes on top within a step: activations of train.micro_batch_size rows of train.seq_len
              tokens, buckets and copies that are reduced, parameters that ZeRO 3 gathers
 pretrain/engine/README.md has the formulas. What CUDA itself takes, 1 to 2 GB, is not counted.
@@ -99,13 +99,13 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
     shapes = parameter_shapes(model)
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     predicted = 1.0 if model.causal else config.objective.mask_rate
-    parameters, trained = memory.counts(model)
+    sizes = memory.counts(model, config.optim.name)
     rows, checkpointing = config.train.micro_batch_size, config.train.activation_checkpointing
     activations = memory.activations(model, rows, seq_len, precision, checkpointing)
     bucket = bucket_of(config.deepspeed)
     return {
-        "parameters": parameters,
-        "trained_parameters": trained,
+        "parameters": sizes.parameters,
+        "trained_parameters": sizes.trained,
         "non_embedding_parameters": sum(n for name, n in counts.items() if not name.startswith(LOOKED_UP)),
         "flops_per_token": flops_per_token(model, seq_len, predicted),
         "seq_len": seq_len,
@@ -115,7 +115,7 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
         "bytes_per_rank": {
             f"zero{stage}": asdict(found) | {"peak": found.peak}
             for stage in range(4)
-            for found in [memory.footprint(parameters, trained, stage, ranks, precision, activations, bucket)]
+            for found in [memory.footprint(sizes, stage, ranks, precision, activations, bucket)]
         },
         "micro_batch_size": rows,
         "activation_checkpointing": checkpointing,
@@ -134,12 +134,13 @@ def cards(text: str) -> tuple[int, int]:
 
 def fit(config: Config, ranks: int, card_bytes: int, precision: str) -> dict[str, Any]:
     """What fits the cards, and what would be needed where nothing does."""
-    room, length, counts = int(card_bytes * (1 - KEPT_FREE)), config.train.seq_len, memory.counts(config.model)
+    counts = memory.counts(config.model, config.optim.name)
+    room, length = int(card_bytes * (1 - KEPT_FREE)), config.train.seq_len
     bucket = bucket_of(config.deepspeed)
     fits = list(memory.fitting(config.model, counts, ranks, room, length, precision, bucket))
-    least = min(memory.footprint(*counts, stage, ranks, precision, bucket=bucket).peak for stage in (1, 2, 3))
+    least = min(memory.footprint(counts, stage, ranks, precision, bucket=bucket).peak for stage in (1, 2, 3))
     return {"ranks": ranks, "card_bytes": card_bytes, "usable_bytes": room, "precision": precision, "seq_len": length,
-            "parameters": counts[0], "fits": fits, "least_bytes": least}  # fmt: skip
+            "parameters": counts.parameters, "fits": fits, "least_bytes": least}  # fmt: skip
 
 
 def fit_in_words(facts: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,10 +21,22 @@ from pretrain.engine.settings import BUCKET
 from pretrain.hardware import DTYPES
 from pretrain.model.heads import build_model, parameter_shapes, trained_parameters
 from pretrain.model.losses import POSITIONS_AT_ONCE_GPU
+from pretrain.optim.optimizers import STATE_KINDS, algorithm_of
 
-FP32, MOMENTS = 4, 8  # bytes a number; of AdamW's two moments
+FP32 = 4  # bytes a number, of each moment too
 WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at a time at stage 0 and at stage 1 in bf16
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
+
+
+class Sizes(NamedTuple):
+    """Parameters, how many of them learn, the numbers that an optimizer keeps of these, and those that updating the
+    largest matrix takes besides.
+    """
+
+    parameters: int
+    trained: int
+    moments: int
+    update: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,21 +66,21 @@ class Activations:
 
 
 def footprint(
-    parameters: int, trained: int, stage: int, ranks: int, precision: str, activations: Activations = Activations(),
+    sizes: Sizes, stage: int, ranks: int, precision: str, activations: Activations = Activations(),
     bucket: int = BUCKET,
 ) -> Footprint:  # fmt: skip
-    """Of a model of so many parameters, of which `trained` learn, under AdamW, with gradients accumulated. `bucket`:
-    DeepSpeed's reduce_bucket_size.
-    """
+    """Of a step with gradients accumulated. `bucket`: DeepSpeed's reduce_bucket_size."""
+    parameters, trained, moments, _ = sizes
     low = FP32 if precision == "fp32" else 2
     part, filled = -(-trained // ranks), min(bucket, trained)
     weights = low * (-(-parameters // ranks) if stage == 3 else parameters)
     copy = FP32 if stage or low < FP32 else 0  # the fp32 weights, where the model computes with others
-    optimizer = (MOMENTS + copy) * (part if stage else trained)
+    optimizer = copy * (part if stage else trained) + FP32 * (-(-moments // ranks) if stage else moments)
+    update = (2 if precision == "bf16" else FP32) * sizes.update  # at the end of a step, when activations are gone
     if stage == 0:
         gradients, cast = low * trained, FP32 if low < FP32 else 0
         reduced = (low + cast) * min(trained, WHOLE_BUCKET)  # put end to end, and in bf16 as fp32
-        extra = max(activations.most, reduced, cast * trained)
+        extra = max(activations.most, reduced, cast * trained + update)
     elif stage == 1:
         gradients = FP32 * trained
         reduced = FP32 * (bucket + filled)
@@ -75,24 +88,30 @@ def footprint(
             reduced = FP32 * trained if trained <= WHOLE_BUCKET else 0
         elif precision == "fp16":
             reduced = max(reduced, low * trained)  # of a micro-batch, beside the sum of all
-        extra = max(activations.most, reduced)
+        extra = max(activations.most, reduced, update)
     elif stage == 2:
         gradients = FP32 * part
         again = FP32 * part if low == FP32 else 0  # those of a micro-batch, beside the sum of all
         reduced = low if low == FP32 else low + FP32  # a bucket put end to end, and cast; two more are being filled
-        extra = max(max(activations.kept, again) + 2 * low * bucket + reduced * filled, FP32 * part)
+        extra = max(max(activations.kept, again) + 2 * low * bucket + reduced * filled, FP32 * part + update)
     else:
         gradients = FP32 * (part + bucket)
         gathered = low * min(parameters, LIVE)
-        extra = max(activations.kept + gathered + FP32 * (filled + filled // ranks), FP32 * part)
+        extra = max(activations.kept + gathered + FP32 * (filled + filled // ranks), FP32 * part + update)
     return Footprint(weights, gradients, optimizer, extra)
 
 
-def counts(model: ModelConfig, trainable: Callable[[str], bool] = lambda name: True) -> tuple[int, int]:
-    """Parameters, and how many of them learn."""
+def counts(model: ModelConfig, optimizer: str, trainable: Callable[[str], bool] = lambda name: True) -> Sizes:
+    """Of a model under the optimizer of that name."""
     shapes = parameter_shapes(model)
-    learning = (math.prod(shapes[name]) for name in trained_parameters(model) if trainable(name))
-    return sum(map(math.prod, shapes.values())), sum(learning)
+    parameters, trained, moments, update = sum(map(math.prod, shapes.values())), 0, 0, 0
+    for name in filter(trainable, trained_parameters(model)):
+        shape, algorithm = shapes[name], algorithm_of(optimizer, name, shapes[name])
+        trained += math.prod(shape)
+        moments += math.prod(shape) * len(STATE_KINDS[algorithm])
+        if algorithm == "muon":  # a matrix, two iterates of it, and two products of its shorter side with itself
+            update = max(update, 3 * math.prod(shape) + 2 * min(shape) ** 2)
+    return Sizes(parameters, trained, moments, update)
 
 
 @functools.cache
@@ -119,7 +138,7 @@ def activations(model: ModelConfig, rows: int, length: int, precision: str, chec
 
 
 def fitting(
-    model: ModelConfig, sizes: tuple[int, int], ranks: int, card_bytes: int, length: int, precision: str,
+    model: ModelConfig, sizes: Sizes, ranks: int, card_bytes: int, length: int, precision: str,
     bucket: int = BUCKET,
 ) -> Iterator[dict]:  # fmt: skip
     """What fits a card of so many bytes: stage, checkpointing, and of each the largest micro-batch, a power of two."""
@@ -128,7 +147,7 @@ def fitting(
             found = None
             for rows in (2**power for power in range(8)):
                 measured = activations(model, rows, length, precision, checkpointing)
-                needed = footprint(*sizes, stage, ranks, precision, measured, bucket).peak
+                needed = footprint(sizes, stage, ranks, precision, measured, bucket).peak
                 if needed > card_bytes:
                     break
                 found = {"stage": stage, "micro_batch_size": rows, "activation_checkpointing": checkpointing,
@@ -137,15 +156,13 @@ def fitting(
                 yield found
 
 
-def check_fits(
-    sizes: tuple[int, int], stage: int, ranks: int, precision: str, card_bytes: int, bucket: int = BUCKET
-) -> None:
+def check_fits(sizes: Sizes, stage: int, ranks: int, precision: str, card_bytes: int, bucket: int = BUCKET) -> None:
     """`ValueError` where weights, gradients and optimizer alone are more than a card holds, with what fits it."""
-    needed = footprint(*sizes, stage, ranks, precision, bucket=bucket).peak
+    needed = footprint(sizes, stage, ranks, precision, bucket=bucket).peak
     if needed <= card_bytes:
         return
     others = [f"deepspeed=zero{other} ({size / 1e9:.1f} GB)" for other in (1, 2, 3)
-              if (size := footprint(*sizes, other, ranks, precision, bucket=bucket).peak) <= card_bytes]  # fmt: skip
+              if (size := footprint(sizes, other, ranks, precision, bucket=bucket).peak) <= card_bytes]  # fmt: skip
     advice = f"take {' or '.join(others)}" if others else "no stage fits: take more GPUs or a smaller model"
     raise ValueError(
         f"deepspeed=zero{stage} in {precision} needs {needed / 1e9:.1f} GB on each of {ranks} ranks before any "

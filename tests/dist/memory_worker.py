@@ -1,6 +1,6 @@
 """Run under torchrun by test_show_model.py: the bytes that a rank's engine really holds, for each stage, as JSON.
 
-torchrun --nproc-per-node 2 tests/dist/memory_worker.py fp32-0,bf16-3 KEY=VALUE ... OUT.json
+torchrun --nproc-per-node 2 tests/dist/memory_worker.py fp32-0,bf16-3-muon KEY=VALUE ... OUT.json
 
 The bytes are those of torch's tensors that live, each memory counted once, and beside them what the process has
 resident: torch's profiler does not see what gloo's threads free.
@@ -35,16 +35,18 @@ def main(cases: str, *overrides: str, out: Path) -> None:
     found = {}
     for case in cases.split(","):
         gc.collect()
-        found[case] = held(*case.split("-"), overrides, ranks, device)
+        precision, stage, *optimizer = case.split("-")
+        chosen = [f"deepspeed=zero{stage}", *(f"optim={name}" for name in optimizer)]
+        found[case] = held(precision, stage, [*overrides, *chosen], ranks, device)
     everyones = dist.all_gather_objects(found)
     if ranks.is_main:
         out.write_text(json.dumps(everyones))
     dist.finish(0)
 
 
-def held(precision: str, stage: str, overrides: tuple[str, ...], ranks, device) -> dict:
+def held(precision: str, stage: str, overrides: list[str], ranks, device) -> dict:
     """Of two steps, of which the second finds everything in place: the bytes of weights, optimizer, and of all."""
-    cfg = compose.compose("pretrain", ["run.name=x", *overrides, f"deepspeed=zero{stage}"])
+    cfg = compose.compose("pretrain", ["run.name=x", *overrides])
     accumulation = 1 if (precision, stage) == ("bf16", "0") else 2
     settings = deepspeed_config(
         cfg.deepspeed, ROWS * accumulation * ranks.world_size, ROWS, accumulation, 1.0, precision

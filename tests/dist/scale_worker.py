@@ -49,6 +49,8 @@ def main(shards: str, out: Path) -> None:
     device = dist.start(ranks)
     spoken = {f"{precision}-{stage}": spoken_in_a_step(precision, stage, shards, out.parent / "runs", ranks, device)
               for precision in ("fp32", "bf16") for stage in range(4)}  # fmt: skip
+    spoken |= {f"bf16-{stage}-muon": spoken_in_a_step("bf16", stage, shards, out.parent / "runs", ranks, device, "muon")
+               for stage in range(4)}  # fmt: skip
     extras = tried(ranks, device) if ranks.world_size == 4 else {}
     if ranks.is_main:
         out.write_text(json.dumps({"spoken": spoken} | extras))
@@ -66,7 +68,7 @@ class Spoken(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            given = args[1] if "gather" in func.__name__ else args[0]  # beside where the answer goes
+            given = args["gather" in func.__name__ or "alltoall" in func.__name__]  # beside where the answer goes
             size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
             self.said.append((func.__name__.partition(".")[0], size))
             if self.said[-1] == ("allreduce_", OURS):
@@ -74,11 +76,13 @@ class Spoken(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def spoken_in_a_step(precision: str, stage: int, shards: str, root: Path, ranks, device) -> dict:
+def spoken_in_a_step(
+    precision: str, stage: int, shards: str, root: Path, ranks, device, optimizer: str = "adamw"
+) -> dict:
     """[collective, bytes, how often] of one step of a real run, of 2 micro-batches: between the sums of two steps."""
     accumulation = 1 if is_in_one_go(stage, precision) else 2
-    sys.argv = [sys.argv[0], f"run.root={root}", f"run.name={precision}-{stage}", f"data.train={shards}", *RUN,
-                f"train.precision={precision}", f"deepspeed=zero{stage}",
+    sys.argv = [sys.argv[0], f"run.root={root}", f"run.name={precision}-{stage}-{optimizer}", f"data.train={shards}",
+                *RUN, f"train.precision={precision}", f"deepspeed=zero{stage}", f"optim={optimizer}",
                 f"train.global_batch_size={2 * accumulation * ranks.world_size}"]  # fmt: skip
     plan = train_entry.make_plan(compose.from_command_line("pretrain", entry.model_of), ranks)
     with Spoken(plan.config.run.folder / "metrics.jsonl") as spoken:
@@ -86,13 +90,14 @@ def spoken_in_a_step(precision: str, stage: int, shards: str, root: Path, ranks,
     ours = [number for number, said in enumerate(spoken.said) if said == ("allreduce_", OURS)]
     steps = [spoken.said[first:last] for first, last in itertools.pairwise(ours)]
     assert len(steps) == 2 and steps[0] == steps[1], steps
-    parameters, trained = memory.counts(plan.model)
+    sizes = memory.counts(plan.model, optimizer)
     step = sorted([*said, count] for said, count in Counter(steps[0]).items())
     return {
         "rows": spoken.rows,
         "step": step,
-        "parameters": parameters,
-        "trained": trained,
+        "parameters": sizes.parameters,
+        "trained": sizes.trained,
+        "matrices": 2 * sizes.trained - sizes.moments,  # numbers, of those that Muon steps
         "accumulation": accumulation,
     }
 

@@ -21,10 +21,12 @@ def results(worker, shards):
 def test_what_ranks_say_in_a_step(results, ranks):
     """The formula of pretrain/engine/README.md: one small sum of ours, and what the stage asks for."""
     for case, found in results(ranks)["spoken"].items():
-        precision, stage = case.split("-")
+        precision, stage, *optimizer = case.split("-")
         stage, low = int(stage), 4 if precision == "fp32" else 2
         assert found["rows"] == [0, 0, 1], "the figures of a step are read when the next one is under way"
         trained, micro_batches = found["trained"], found["accumulation"]
+        matrices = [said for said in found["step"] if said[0] in ("alltoall_base_", "broadcast_")]
+        found["step"] = [said for said in found["step"] if said not in matrices]
         small = {size: count for name, size, count in found["step"] if size <= 88 and "gather" not in name}
         assert small.pop(88) == 1 and sum(small.values()) <= 4 and max(small, default=0) <= 8, "sums of a number"
         reduced = {(name, size): count for name, size, count in found["step"] if size > 88 and "gather" not in name}
@@ -38,7 +40,23 @@ def test_what_ranks_say_in_a_step(results, ranks):
             assert (name, times) == ("_reduce_scatter_base_", micro_batches)
             assert size == pytest.approx(4 * trained / ranks, rel=0.01)
             assert gathered == pytest.approx(low * found["parameters"] / ranks, rel=0.01)
-        assert sum(count for *_, count in found["step"]) == SAID[case], "whatever the number of ranks"
+        if optimizer:
+            check_matrices(matrices, stage, ranks, found["matrices"])
+        else:
+            assert not matrices
+            assert sum(count for *_, count in found["step"]) == SAID[case], "whatever the number of ranks"
+
+
+def check_matrices(said, stage, ranks, numbers):
+    """Muon's, in bf16: updates of whole matrices (stage 0), pieces of all (3), or of the few that lie on two ranks."""
+    moved, calls = sum(size * count for _, size, count in said), sum(count for *_, count in said)
+    if stage == 0:
+        assert {name for name, *_ in said} == {"broadcast_"} and (moved, calls) == (2 * numbers, 14)
+    elif stage == 3:
+        assert {name for name, *_ in said} == {"alltoall_base_"} and calls == 2 * -(-14 // ranks)
+        assert moved == pytest.approx(2 * 2 * numbers / ranks, rel=0.3), "the rank's share, there and back"
+    else:
+        assert calls <= 4 and moved <= 4 * 2 * (128 * 64) and bool(calls) == (ranks > 2), "two blocks: one a rank"
 
 
 def test_further_settings_change_no_result(results):

@@ -97,8 +97,9 @@ def test_mistakes_are_explained(tool):
 
 
 CASES = [f"{precision}-{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(precision == "fp16", 4)]
+MUON = [f"{case}-muon" for case in CASES if "fp16" not in case]
 CLASSES = {
-    "fp32-0": "AdamW", "bf16-0": "FP16_UnfusedOptimizer", "bf16-1": "BF16_Optimizer"
+    "fp32-0": "AdamW", "fp32-0-muon": "Orthogonalizer", "bf16-0": "FP16_UnfusedOptimizer", "bf16-1": "BF16_Optimizer"
 } | {f"{precision}-3": "DeepSpeedZeroOptimizer_Stage3" for precision in ("fp32", "bf16", "fp16")}  # fmt: skip
 # Small buckets and nothing kept whole, or these would be most of the memory.
 SMALL_ONE = ["model=llama_tiny", "model.layers=6", "model.vocab_size=64", "++deepspeed.extra={zero_optimization: "
@@ -108,31 +109,31 @@ LARGE_ONE = ["model=llama_tiny", "model.width=768", "model.layers=14", "model.he
 
 
 def expected_of(capsys, model, case):
-    precision, stage = case.split("-")
-    rows = ["train.micro_batch_size=1", "train.seq_len=16"]
+    precision, stage, *optimizer = case.split("-")
+    rows = ["train.micro_batch_size=1", "train.seq_len=16", *(f"optim={name}" for name in optimizer)]
     return shown(capsys, *model, *rows, "--ranks", "2", "--precision", precision)["bytes_per_rank"][f"zero{stage}"]
 
 
 @pytest.fixture(scope="module")
 def held(worker):
     """What engines on 2 ranks hold, by rank."""
-    return worker("memory_worker.py", ",".join(CASES), *SMALL_ONE)
+    return worker("memory_worker.py", ",".join(CASES + MUON), *SMALL_ONE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + MUON)
 def test_the_bytes_are_those_that_an_engine_holds(capsys, held, case):
     expected = expected_of(capsys, SMALL_ONE, case)
     for rank in held:
         found = rank[case]
-        assert found["class"] == CLASSES.get(case, "DeepSpeedZeroOptimizer")
+        assert found["class"] == CLASSES.get(case, CLASSES.get(case[:6], "DeepSpeedZeroOptimizer"))
         for key in ("weights", "optimizer"):
             assert found[key] == pytest.approx(expected[key], rel=0.001), "but for padding"
         # what stages 2 and 3 gather and reduce at a time is all of so small a model
-        assert found["peak"] == pytest.approx(expected["peak"], rel=0.05 if case[-1] in "01" else 0.25)
+        assert found["peak"] == pytest.approx(expected["peak"], rel=0.05 if case[5] in "01" else 0.3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + MUON)
 def test_the_bytes_of_a_model_of_a_hundred_million_parameters(capsys, worker, case):
     """Also of the process, which has buckets that it has not filled, and gloo's own copies, of which NCCL has none."""
     expected = expected_of(capsys, LARGE_ONE, case)
@@ -165,13 +166,13 @@ def test_what_fits_is_found(capsys):
 
 
 def test_what_does_not_fit_a_card_is_refused_with_what_does():
-    eight = (8_030_261_248, 8_030_261_248)
+    eight = memory.Sizes(8_030_261_248, 8_030_261_248, 2 * 8_030_261_248)
     memory.check_fits(eight, 2, 8, "bf16", 80 * 10**9)
     model = compose.compose("pretrain", ["run.name=x", "model=llama_8b"]).model
-    assert memory.counts(model) == eight
-    parameters, head = memory.counts(model, lambda name: name.startswith("head."))
-    assert (parameters, head) == (eight[0], 128_256 * 4096)
-    memory.check_fits((parameters, head), 1, 1, "bf16", 80 * 10**9)  # a head alone learns on one card
+    assert memory.counts(model, "adamw") == eight
+    head = memory.counts(model, "adamw", lambda name: name.startswith("head."))
+    assert head[:2] == (eight[0], 128_256 * 4096)
+    memory.check_fits(head, 1, 1, "bf16", 80 * 10**9)  # a head alone learns on one card
     with pytest.raises(ValueError) as refused:
         memory.check_fits(eight, 0, 8, "bf16", 80 * 10**9)
     for said in ("deepspeed=zero0 in bf16 needs 160.", "the card has 80.0 GB", "deepspeed=zero1 (60.2 GB)",
