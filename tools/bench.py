@@ -2,7 +2,8 @@
 
 Measures one thing against another in one run, alternately, and prints the ratio of their medians. The machine's speed
 varies; ratios taken together do not. `data` compares with litdata and MosaicML Streaming where they are installed
-(pip install litdata mosaicml-streaming). `gpu` is tools/bench_gpu.py, with its options.
+(pip install litdata mosaicml-streaming). `train` is tools/bench_train.py and `gpu` tools/bench_gpu.py, with the options
+of those.
 """
 
 import argparse
@@ -46,8 +47,8 @@ ROUNDS = 7
 
 
 def main(argv: list[str] | None = None) -> None:
-    if sys.argv[1:2] == ["gpu"]:
-        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("bench_gpu.py"), *sys.argv[2:]]))
+    if sys.argv[1:2] in (["train"], ["gpu"]):
+        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name(f"bench_{sys.argv[1]}.py"), *sys.argv[2:]]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[[], *BENCHES], help="which to run (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1, a rank's on 2 cores)")

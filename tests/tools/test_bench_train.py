@@ -1,0 +1,132 @@
+"""tools/bench_train.py: every contestant has its row, the figures agree with each other, and the terms are the same.
+How fast anything is decides no test.
+"""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from pretrain.config import compose
+from pretrain.model.transformer import flops_per_token
+from tests.forked import ROOT, program
+from tools import bench_train, bench_train_others
+
+SMALL = ["model=llama_tiny", "model.vocab_size=512", "train.seq_len=32", "train.global_batch_size=8", "log=none",
+         "train.micro_batch_size=2", "train.precision=fp32", "schedule.warmup_steps=3", "optim.lr=1e-2"]  # fmt: skip
+ONCE = ["--ranks", "1", "--rounds", "1", "--steps", "4"]
+OURS = "pretrain, 1 rank x 1 thread"
+
+
+@pytest.fixture(scope="module")
+def ran(environment, tmp_path_factory):
+    """One run with everything: what it printed, what it wrote, where the traces are."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = ["--profile", folder / "profile", "--json", folder / "found.json"]
+    line = program(ROOT / "tools" / "bench.py", "train", *SMALL, *ONCE, *options)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, folder / "found.json", folder / "profile"
+
+
+def test_every_contestant_has_its_row_and_what_cannot_run_says_why(ran):
+    facts = json.loads(ran[1].read_text())
+    names = [OURS, "bare loop", "its matrix products", "Trainer of transformers", "nanoGPT's loop"]
+    assert [row["name"] for row in facts["contestants"]] == names and not facts["failed"]
+    assert facts["absent"] == {"nanoGPT's loop, autocast": "this run is in fp32"}
+    for row in facts["contestants"]:
+        (speed,), (cpu,) = row["tokens_per_second"], row["cpu_seconds_per_step"]
+        assert speed > 0 and cpu > 0 and row["peak_bytes"] > 1e7
+        assert re.search(f"^{row['name']} +{speed:,.0f} +{speed:,.0f} +{speed:,.0f} +{cpu:.3f} ", ran[0].stdout, re.M)
+    assert re.search("^nanoGPT's loop, autocast +this run is in fp32$", ran[0].stdout, re.M)
+    assert facts["environment"]["cpu"] in ran[0].stdout and facts["train"]["global_batch_size"] == 8
+
+
+def test_ratios_are_of_the_figures_and_printed_as_written(ran, tool):
+    facts = json.loads(ran[1].read_text())
+    speed = {row["name"]: row["tokens_per_second"][0] for row in facts["contestants"]}
+    pairs = {(each["of"], each["to"]): each for each in facts["ratios"]}
+    assert set(pairs) == {(OURS, name) for name in speed if name != OURS} | {("bare loop", "its matrix products")}
+    for (of, to), each in pairs.items():
+        assert each["minimum"] == each["median"] == pytest.approx(speed[of] / speed[to])
+    assert tool("bench_train_table.py", ran[1]).stdout.strip() == ran[0].stdout.strip()
+
+
+def test_a_ratio_takes_each_round_by_itself():
+    rows = [{"name": "a", "key": "ours", "tokens_per_second": [2.0, 9.0, 8.0]},
+            {"name": "b", "key": "bare", "tokens_per_second": [4.0, 10.0, 10.0]}]  # fmt: skip
+    (found,) = bench_train.ratios(rows)
+    assert found["rounds"] == [0.5, 0.9, 0.8] and found["minimum"] == 0.5 and found["median"] == 0.8
+
+
+def test_the_bare_loop_trains_the_same(ran):
+    """Its losses are those of the program's journal: the same values, batches, clipping and optimizer."""
+    (found,) = json.loads(ran[1].read_text())["losses"]
+    assert found["name"] == OURS and found["steps"] >= 5 and found["largest"] <= 1e-5
+
+
+def test_the_profile_adds_up_and_names_nearly_all(ran):
+    mine, bare = json.loads(ran[1].read_text())["profiles"]
+    assert mine["name"] == OURS and bare["name"] == "bare loop"
+    assert set(mine["sections"]) == {
+        "data", "forward", "backward", "backward: gradients taken in", "optimizer: norm, clipping, copies",
+        "optimizer: update", "communication", "logging", "waiting", "other",
+    }  # fmt: skip
+    for profile in (mine, bare):
+        parts = profile["sections"].values()
+        assert sum(part["share"] for part in parts) == pytest.approx(1)
+        assert sum(part["seconds"] for part in parts) == pytest.approx(profile["step_seconds"], rel=0.05)
+        assert profile["sections"]["backward"]["share"] > profile["sections"]["other"]["share"]
+        assert sum(profile["threads"].values()) > 0
+        assert any(each["name"] == "aten::mm" for each in profile["operators"])
+    assert {path.name for path in ran[2].iterdir()} == {"ours-1-rank0.json", "bare-1-rank0.json"}
+    names = {event["name"] for event in json.loads((ran[2] / "ours-1-rank0.json").read_text())["traceEvents"]}
+    assert {"data", "forward", "optimizer: update", "aten::mm"} <= names
+
+
+@pytest.mark.parametrize("overrides, predicted", [
+    (["model=llama_tiny", "model.vocab_size=512"], 1.0),
+    (["model=gpt2_124m"], 1.0),
+    (["model=llama_1b", "model.kv_heads=4"], 1.0),
+    (["model=bert_base", "model.head=lm", "model.vocab_size=1000"], 0.25),
+])  # fmt: skip
+def test_the_products_are_those_that_flops_per_token_counts(overrides, predicted):
+    model = compose.compose("pretrain", ["run.name=x", "train.seq_len=64", *overrides]).model
+    products = bench_train_others.products_of(model, 2, 64, predicted)
+    assert sum(product.flops for product in products) == 2 * 64 * flops_per_token(model, 64, predicted)
+
+
+def test_a_contestant_that_ends_says_why_and_the_others_go_on(tool, tmp_path):
+    """No architecture of Hugging Face has these parts."""
+    out = tmp_path / "found.json"
+    line = [*SMALL, "model.positions=sinusoidal", *ONCE, "--against", "trainer", "floor", "--json", out]
+    done = tool("bench_train.py", *line, check=False)
+    facts = json.loads(out.read_text())
+    assert done.returncode == 1 and [row["name"] for row in facts["contestants"]] == [OURS, "its matrix products"]
+    assert "no architecture of Hugging Face" in facts["failed"]["Trainer of transformers"]
+    assert re.search("^Trainer of transformers +FAILED; the end of what it said:$", done.stdout, re.M)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None if name == "accelerate" else name)
+    assert bench_train.why_absent("trainer", "bf16") == "not installed (pip install transformers accelerate)"
+    assert bench_train.why_absent("nanogpt", "bf16") is None
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["model=lama"], "error: "),
+    (["model=llama_tiny", "train.global_batch_size=8", "train.micro_batch_size=3"], "error: train.global_batch_size=8"),
+    (["data.train=nowhere"], "error: "),
+    (["--ranks", "0"], "--ranks, --rounds and --steps count from 1"),
+    (["--against", "megatron"], "invalid choice: 'megatron'"),
+])  # fmt: skip
+def test_mistakes_are_explained(tool, arguments, said):
+    done = tool("bench_train.py", *arguments, check=False)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_teaches(tool):
+    said = tool("bench.py", "train", "--help").stdout
+    assert "experiment=quickstart data.train=" in said and all(name in said for name in bench_train.NAMES)
