@@ -61,8 +61,8 @@ Steps of warm-up come first. Neither evaluation nor checkpoints are in it (tools
 data.train tokens are random ones; the vocabulary is then 24,576 where the model has none of its own.
 
 --profile DIR: after the rounds, where a step's time goes, to 100 %: each moment counts for the innermost function that
-is watched, and what is none of them is `other`. CPU seconds are of all threads. Then some steps under torch.profiler,
-whose operators are listed, and DIR/*.json are traces for chrome://tracing or ui.perfetto.dev.
+is watched, and what is none of them is `other`. It is that of rank 0, with the CPU seconds of all its threads. Then some
+steps under torch.profiler, whose operators are listed; DIR/*.json are traces for ui.perfetto.dev, one of each rank.
 """
 PROGRAM, TABLE = (str(Path(__file__).with_name(f"bench_train_{name}.py")) for name in ("pieces", "table"))
 NAMES = {
@@ -332,7 +332,7 @@ def differences(setting: Setting, contestants: list[Contestant]) -> list[dict[st
 
 
 def profile_of(contestant: Contestant, steps: int) -> dict[str, Any]:
-    """Seconds of a step by section, CPU seconds by thread, and by operator in the steps that were traced."""
+    """Of rank 0: seconds of a step by section, CPU seconds by thread, seconds by operator in the steps traced."""
     whole, traced = contestant.profile
     total = sum(seconds for seconds, _ in whole["sections"].values())
     sections = {name: {"seconds": seconds / steps, "share": seconds / total, "cpu_seconds": cpu / steps}

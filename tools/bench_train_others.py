@@ -1,6 +1,6 @@
-"""python tools/bench_train.py --against bare floor
+"""python tools/bench_train_others.py does nothing by itself; tools/bench_train.py --against bare floor has it done.
 
-What tools/bench_train.py measures a run by: a loop written by hand, and the matrix products of its steps.
+What a run is measured by: a loop written by hand, and the matrix products of its steps.
 """
 
 import collections

@@ -1,8 +1,8 @@
-"""python tools/bench_train.py --against trainer nanogpt nanogpt-bf16
+"""python tools/bench_train_peers.py does nothing by itself; tools/bench_train.py --against trainer nanogpt has it done.
 
-The peers of tools/bench_train.py: the Trainer of transformers, and nanoGPT's recipe (Karpathy, github.com/karpathy/
-nanoGPT, 2023), written anew from its description: GPT-2 without biases, its output matrix the embedding, AdamW with
-betas 0.9 and 0.95, weight decay 0.1 on matrices, clipping at 1. They train models of the run's shape on its batches.
+The Trainer of transformers, and nanoGPT's recipe (Karpathy, github.com/karpathy/nanoGPT, 2023), written anew from what
+is published of it: GPT-2 without biases, its output matrix the embedding, AdamW with betas 0.9 and 0.95, weight decay
+0.1 on matrices, clipping at 1. They train models of the run's shape on its batches.
 """
 
 import contextlib

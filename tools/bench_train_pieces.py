@@ -148,7 +148,7 @@ class Gate:
 
 
 def operators(profiler: torch.profiler.profile, sections: set[str]) -> list[tuple[str, int, float]]:
-    """(name, calls, CPU seconds without what it calls) of the dearest of torch's operators."""
+    """(name, calls, seconds without what it calls) of the dearest of torch's operators."""
     events = [event for event in profiler.key_averages() if event.key not in sections]
     events.sort(key=lambda event: -event.self_cpu_time_total)
     return [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events[:OPERATORS]]

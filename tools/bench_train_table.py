@@ -48,7 +48,7 @@ def profile_in_words(profile: dict[str, Any]) -> list[str]:
     lines.append(f"{'together':44}{1e3 * total[0]:>9.1f}{100 * total[1]:>8.2f}{1e3 * total[2]:>9.1f}")
     threads = sorted(profile["threads"].items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in threads if seconds > 1e-4)
-    lines += [f"CPU ms by thread: {told}", f"{'torch operators, by themselves':54}{'calls':>9}{'CPU ms':>9}"]
+    lines += [f"CPU ms by thread: {told}", f"{'torch operators, by themselves, traced':54}{'calls':>9}{'ms':>9}"]
     lines += [f"{each['name'].removeprefix('aten::'):54}{each['calls']:>9.0f}{1e3 * each['seconds']:>9.1f}"
               for each in profile["operators"][:15]]  # fmt: skip
     return lines

@@ -3,13 +3,19 @@ How fast anything is decides no test.
 """
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
 from pretrain.config import compose
 from pretrain.model.transformer import flops_per_token
+from tests import forked
 from tests.forked import ROOT, program
 from tools import bench_train, bench_train_others
 
@@ -106,6 +112,45 @@ def test_a_contestant_that_ends_says_why_and_the_others_go_on(tool, tmp_path):
     assert done.returncode == 1 and [row["name"] for row in facts["contestants"]] == [OURS, "its matrix products"]
     assert "no architecture of Hugging Face" in facts["failed"]["Trainer of transformers"]
     assert re.search("^Trainer of transformers +FAILED; the end of what it said:$", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_whatever_ends_it_ends_what_it_started(environment, number, code):
+    line = program(ROOT / "tools" / "bench_train.py", *SMALL, "--ranks", "2", "--rounds", "999", "--against")
+    running = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE)
+    try:
+        said = b""
+        while b"round 1 of 999" not in said:
+            more = os.read(running.stderr.fileno(), 1 << 16)
+            assert more, said
+            said += more
+        (tool,) = forked.ranks_of(running.pid)
+        begun = children(tool)
+        assert len(begun) == 2
+        folder = re.search(r"run\.root=([^\"]+)", Path(f"/proc/{begun[0]}/cmdline").read_text())[1]
+        begun += [pid for launch in begun for pid in forked.ranks_of(launch)]
+        assert len(begun) == 4 and Path(folder).exists()
+        os.kill(tool, number)
+        assert running.wait(60) == code
+        while any(map(is_alive, begun)):
+            time.sleep(0.05)
+        assert Path(folder).exists() == (number == signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def children(parent: int) -> list[int]:
+    stats = {int(path.parent.name): path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()}
+    return [pid for pid, stat in stats.items() if int(stat.rpartition(")")[2].split()[1]) == parent]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
