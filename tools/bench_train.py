@@ -61,8 +61,8 @@ Steps of warm-up come first. Neither evaluation nor checkpoints are in it (tools
 data.train tokens are random ones; the vocabulary is then 24,576 where the model has none of its own.
 
 --profile DIR: after the rounds, where a step's time goes, to 100 %: each moment counts for the innermost function that
-is watched, and what is none of them is `other`. It is that of rank 0, with the CPU seconds of all its threads. Then some
-steps under torch.profiler, whose operators are listed; DIR/*.json are traces for ui.perfetto.dev, one of each rank.
+is watched, and what is none of them is `other`. It is that of rank 0, with the CPU seconds of all its threads. Then
+some steps under torch.profiler, whose operators are listed; DIR/*.json are their traces, for ui.perfetto.dev.
 """
 PROGRAM, TABLE = (str(Path(__file__).with_name(f"bench_train_{name}.py")) for name in ("pieces", "table"))
 NAMES = {

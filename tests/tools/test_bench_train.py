@@ -17,10 +17,11 @@ from pretrain.config import compose
 from pretrain.model.transformer import flops_per_token
 from tests import forked
 from tests.forked import ROOT, program
-from tools import bench_train, bench_train_others
+from tools import bench_train, bench_train_others, bench_train_pieces
 
 SMALL = ["model=llama_tiny", "model.vocab_size=512", "train.seq_len=32", "train.global_batch_size=8", "log=none",
-         "train.micro_batch_size=2", "train.precision=fp32", "schedule.warmup_steps=3", "optim.lr=1e-2"]  # fmt: skip
+         "train.micro_batch_size=2", "train.precision=fp32", "schedule.warmup_steps=3", "optim.lr=1e-2",
+         "optim.grad_clip=0.2"]  # fmt: skip
 ONCE = ["--ranks", "1", "--rounds", "1", "--steps", "4"]
 OURS = "pretrain, 1 rank x 1 thread"
 
@@ -89,6 +90,38 @@ def test_the_profile_adds_up_and_names_nearly_all(ran):
     assert {path.name for path in ran[2].iterdir()} == {"ours-1-rank0.json", "bare-1-rank0.json"}
     names = {event["name"] for event in json.loads((ran[2] / "ours-1-rank0.json").read_text())["traceEvents"]}
     assert {"data", "forward", "optimizer: update", "aten::mm"} <= names
+
+
+def test_a_moment_counts_for_the_innermost_function_that_is_watched(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench_train_pieces, "clocks", lambda: (now[0], 10 * now[0]))
+
+    class Work:
+        def outer(self) -> None:
+            now[0] += 1
+            self.inner()
+            now[0] += 2
+
+        def inner(self) -> None:
+            now[0] += 4
+
+    work, sections = Work(), bench_train_pieces.Sections()
+    sections.watch(work, "outer", "a")
+    sections.watch(work, "inner", "b")
+    work.outer()
+    sections.begin()
+    now[0] += 8
+    work.outer()
+    now[0] += 16
+    assert sections.end() == {"a": [3.0, 30.0], "b": [4.0, 40.0], "other": [24.0, 240.0]}
+
+
+def test_a_contestant_ends_with_its_standard_input(environment):
+    facts = {"overrides": ["run.name=x", *SMALL], "rows": 2}
+    line = program(ROOT / "tools" / "bench_train_pieces.py", "floor", json.dumps(facts))
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(line, env=environment, **options)
+    assert done.returncode == 0 and json.loads(done.stdout) == {"losses": []}, done.stderr
 
 
 @pytest.mark.parametrize("overrides, predicted", [
