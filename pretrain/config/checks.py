@@ -56,8 +56,8 @@ POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.seq_len", "train.keep_checkpoints", "model.layers",
     "model.width", "model.heads", "model.max_positions", "model.norm_eps", "model.init_std", "model.rope_theta",
     "model.rope_factor", "model.lora_alpha", "objective.mask_rate", "optim.lr", "optim.eps", "optim.adamw_lr_scale",
-    "data.prefetch_batches", "data.cache_gb", "task.max_answer_tokens", "task.temperature", "task.max_new_tokens",
-    "tuning.last_layers", "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
+    "optim.embedding_lr_scale", "data.prefetch_batches", "data.cache_gb", "task.max_answer_tokens", "task.temperature",
+    "task.max_new_tokens", "tuning.last_layers", "tuning.lora_rank", "tuning.lora_alpha", "tuning.layer_lr_decay",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.steps", "train.epochs", "train.save_every", "train.checkpoint_file_gb", "train.eval_every",
@@ -86,6 +86,11 @@ def check(config: Config) -> None:
         _check_tuning(config)
     elif config.data.packing == "none":
         raise ValueError("data.packing=none is for examples (pretrain.finetune): take window or best_fit")
+    if config.optim.embedding_lr_scale != 1 and config.model.tied_embeddings:
+        raise ValueError(
+            f"optim.embedding_lr_scale={config.optim.embedding_lr_scale}: the embeddings of this model are its output "
+            "matrix too, which would have that rate: drop it, or take model.tied_embeddings=false"
+        )
     longest = max(phase.seq_len for phase in phases(config.train))
     if longest > config.model.max_positions:
         raise ValueError(

@@ -146,7 +146,7 @@ class OptimConfig:
     """The optimizer at its peak learning rate. `grad_clip` is the largest global gradient norm, 0 for no clipping.
 
     `momentum` is Muon's, `beta1`, `beta2` and `eps` AdamW's, which under `muon` steps what is no matrix of a block, at
-    `adamw_lr_scale` times the learning rate.
+    `adamw_lr_scale` times the learning rate; an untied table of embeddings has `embedding_lr_scale` times that again.
     """
 
     name: str
@@ -156,6 +156,7 @@ class OptimConfig:
     eps: float
     momentum: float
     adamw_lr_scale: float
+    embedding_lr_scale: float
     weight_decay: float
     grad_clip: float
 
@@ -268,7 +269,7 @@ class Config:
 # Keys that models, training, optimizers and tasks of earlier versions lack, with what those are.
 ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
 ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False, "checkpoint_file_gb": 4.0}
-ADDED_TO_OPTIMIZERS = {"momentum": 0.95, "adamw_lr_scale": 1.0}
+ADDED_TO_OPTIMIZERS = {"momentum": 0.95, "adamw_lr_scale": 1.0, "embedding_lr_scale": 1.0}
 ADDED_TO_TASKS = {"pooling": None}
 
 

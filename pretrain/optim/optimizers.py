@@ -36,8 +36,10 @@ def parameter_groups(config: OptimConfig, named: Named, lr_scale: Callable[[str]
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the tensor and keeps its shape here
         decays, algorithm = len(shape) >= 2 and "positions" not in name, algorithm_of(config.name, name, shape)
-        beside = config.adamw_lr_scale if algorithm != config.name else 1.0
-        groups.setdefault((algorithm, not decays, beside * lr_scale(name)), []).append(parameter)
+        scale = lr_scale(name) * (config.adamw_lr_scale if algorithm != config.name else 1.0)
+        if name == "trunk.embedding.weight":
+            scale *= config.embedding_lr_scale
+        groups.setdefault((algorithm, not decays, scale), []).append(parameter)
     return [
         {"params": groups[key], "algorithm": key[0], "weight_decay": 0.0 if key[1] else config.weight_decay,
          "lr_scale": key[2]}

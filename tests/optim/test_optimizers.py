@@ -22,6 +22,19 @@ def test_matrices_decay_and_vectors_and_position_tables_do_not():
     assert "trunk.positions.weight" in others and all(n.endswith(undecayed) for n in others)
 
 
+def test_each_part_has_its_learning_rate():
+    overrides = ["run.name=x", "optim=muon", "optim.adamw_lr_scale=0.5", "optim.embedding_lr_scale=4",
+                 "model.vocab_size=32"]  # fmt: skip
+    cfg = compose.compose("pretrain", overrides)
+    model = LanguageModel(cfg.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizers.build(cfg.optim, model.named_parameters(), lambda name: 0.1 if "blocks.1." in name else 1.0)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups.param_groups for p in group["params"]}
+    assert scales["trunk.embedding.weight"] == 2 and scales["head.weight"] == scales["trunk.norm.weight"] == 0.5
+    assert scales["trunk.blocks.0.ffn.up.weight"] == 1 and scales["trunk.blocks.1.ffn.up.weight"] == 0.1
+    assert scales["trunk.blocks.1.ffn_norm.weight"] == 0.05
+
+
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_state_made_early_changes_nothing(name):
     """Steps are the same whether the state was made by us before the first one or by the optimizer at it."""
