@@ -359,6 +359,8 @@ MISTAKES = {  # what is wrong: (task, overrides, train, val, what the message sa
                                                     "task.pooling=first"], None, None, r"the first token sees no"),
     "a rank without LoRA": ("classification", ["tuning.lora_rank=64"], None, None,
                             r"tuning.lora_rank .* is for tuning=lora, not full"),
+    "no matrix that learns": ("classification", ["optim=muon", "tuning=head"], None, None,
+                              r"optim=muon is for the matrices of the blocks, and with tuning=head none of them"),
     "nothing to keep": ("classification", ["init=null", "data.tokenizer=TOKENIZER", "model=modernbert_10m",
                                            "tuning=lora"], None, None, r"tuning=lora keeps .* init="),
     "phases": ("classification", ["train.phases=[{from_step: 1}]"], None, None, r"train.phases .* shards"),

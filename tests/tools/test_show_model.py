@@ -180,3 +180,15 @@ def test_what_does_not_fit_a_card_is_refused_with_what_does():
         assert said in str(refused.value)
     with pytest.raises(ValueError, match="no stage fits: take more GPUs or a smaller model"):
         memory.check_fits(eight, 3, 1, "bf16", 80 * 10**9)
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_updates_one_at_a_time():
+    model = compose.compose("pretrain", ["run.name=x", "model=llama_8b"]).model
+    found, adamw = memory.counts(model, "muon"), memory.counts(model, "adamw")
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    assert found == (*adamw[:2], adamw.moments - matrices, 3 * 14336 * 4096 + 2 * 4096 * 4096)
+    for stage, ranks in ((0, 1), (1, 8), (2, 8), (3, 8)):
+        less = memory.footprint(adamw, stage, ranks, "bf16").optimizer - 4 * matrices // ranks
+        assert memory.footprint(found, stage, ranks, "bf16").optimizer == less
+    alone = [memory.footprint(sizes, 2, 1, "bf16", bucket=1).extra for sizes in (adamw, found)]
+    assert alone[1] - alone[0] == 2 * found.update
