@@ -320,9 +320,9 @@ def ratios(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def differences(setting: Setting, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """How far our journals' losses are from the bare loop's, step by step: they train the same."""
+    """How far our journals' losses are from the bare loop's, step by step: they train the same, but for Muon's."""
     found, bare = [], next((its.losses for its in contestants if its.key == "bare"), [])
-    for its in contestants if bare else ():
+    for its in contestants if bare and setting.config.optim.name == "adamw" else ():
         if its.key == "ours" and its.failed is None:
             with open(setting.folder / f"ours-{its.ranks}" / "metrics.jsonl", encoding="utf-8") as journal:
                 losses = [json.loads(line)["loss"] for line in journal if line.endswith("\n")]

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pretrain import optim
 from pretrain.config.schema import Config, ModelConfig, OptimConfig
 from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import head_width
+from pretrain.optim.schedule import learning_rate
 from pretrain.stream import opening
 from pretrain.stream.objectives import IGNORE, batch_of, make_objective
 
@@ -32,7 +32,7 @@ def bare(gate: Callable, config: Config, batches: Batches, dtype: torch.dtype) -
     loop.fill(config.model, config.seed)
     for step, batch in enumerate(batches):
         gate(loop.watches)
-        lr = optim.learning_rate(step, config.train.steps, config.optim.lr, config.schedule)
+        lr = learning_rate(step, config.train.steps, config.optim.lr, config.schedule)
         gate.losses.append(loop.step(batch, lr))
 
 
@@ -50,7 +50,9 @@ class BareLoop:
             self.masters = {name: torch.empty_like(w, dtype=torch.float32) for name, w in self.weights.items()}
             for master in self.masters.values():
                 master.requires_grad_().grad = torch.zeros_like(master)
-        groups = optim.parameter_groups(self.masters.items(), config.weight_decay)
+        decaying = {name: master.dim() >= 2 and "positions" not in name for name, master in self.masters.items()}
+        groups = [{"params": [master for name, master in self.masters.items() if decaying[name] == decays],
+                   "weight_decay": config.weight_decay * decays} for decays in (True, False)]  # fmt: skip
         betas = (config.beta1, config.beta2)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
