@@ -45,7 +45,8 @@ INSIDE = {
     },
     "model": {
         "attention": set(), "initial": set(), "lora": set(), "losses": set(), "positions": set(),
-        "transformer": {"attention", "lora", "positions"}, "heads": {"lora", "transformer"},
+        "output": {"losses"}, "transformer": {"attention", "lora", "positions"},
+        "heads": {"lora", "output", "transformer"},
     },
     "report": {
         "curves": set(), "events": set(), "wandb_run": set(), "theme": {"events"}, "log": {"events", "wandb_run"},

@@ -20,7 +20,8 @@ from pretrain.config.schema import ModelConfig
 from pretrain.engine.settings import BUCKET
 from pretrain.hardware import DTYPES
 from pretrain.model.heads import build_model, parameter_shapes, trained_parameters
-from pretrain.model.losses import POSITIONS_AT_ONCE_GPU
+from pretrain.model.losses import loss_rows
+from pretrain.model.output import ON_GPU
 from pretrain.optim.optimizers import STATE_KINDS, algorithm_of
 
 FP32 = 4  # bytes a number, of each moment too
@@ -127,14 +128,15 @@ def activations(model: ModelConfig, rows: int, length: int, precision: str, chec
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
             tokens = torch.zeros(rows, length, dtype=torch.long)
+            if model.head == "lm":
+                built.head.sizes = ON_GPU  # the tensors say that they are on a CPU
             with Live(built.parameters()) as live:
-                logits = built(tokens)
+                made = loss_rows(built, tokens, tokens).sum() if model.head == "lm" else built(tokens)
                 kept = live.now
-                logits.backward(logits)  # the loss writes its gradient over them
+                made.backward(made.detach())
     finally:
         torch.set_default_dtype(default)
-    buffer = FP32 * min(rows * length, POSITIONS_AT_ONCE_GPU) * model.vocab_size  # of the loss
-    return Activations(kept + buffer, live.most + buffer)
+    return Activations(kept, live.most)
 
 
 def fitting(

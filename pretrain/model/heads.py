@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from pretrain.config.schema import ModelConfig
 from pretrain.model.lora import freeze
+from pretrain.model.output import Output
 from pretrain.model.transformer import ACTIVATIONS, LayerCache, Transformer, new_norm
 
 
@@ -35,21 +36,21 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.trunk = Transformer(config, activation_checkpointing)
         self.transform = Transform(config) if config.head_transform else nn.Identity()
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.head = Output(config.width, config.vocab_size, config.head_bias, config.logit_softcap)
         if config.tied_embeddings:
             self.head.weight = self.trunk.embedding.weight
-        self.softcap = config.logit_softcap
 
     def forward(
         self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None, at: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None, at: torch.Tensor | None = None, labels: torch.Tensor | None = None,
+        z_loss: float = 0.0, with_hits: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """`documents` [B, T] numbers the documents of each row, padding -1: none of them sees another. `segments`
         [B, T]: the kind of segment of each token. With `at` (bool [B, T]) the logits of those positions only, [n, V].
+        With `labels` [B, T] not the logits but what `Output` makes of both; `at` is then where there is a label.
         """
         hidden = self.trunk(tokens_BT, cache, documents, segments)
-        logits = self.head(self.transform(hidden if at is None else hidden[at]))
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return self.head(self.transform(hidden if at is None else hidden[at]), labels, z_loss, with_hits)
 
 
 class PooledModel(nn.Module):

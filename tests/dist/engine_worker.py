@@ -31,6 +31,7 @@ from pretrain.model import losses
 from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import cross_entropy_rows
+from pretrain.model.output import Sizes
 from pretrain.optim import optimizers
 from pretrain.stream.objectives import IGNORE
 from tests.models import filled_model, initial_values
@@ -98,9 +99,10 @@ def build(
         model = models_of(cfg.model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(PARTS[part][1](name))
+        model.head.sizes = Sizes(30 * VOCAB, 7 * VOCAB)  # the logits of a micro-batch in several pieces
         return model
 
-    built = Engine(new_model, loss_rows, settings, optim_config, ranks, device, lr_scale)
+    built = Engine(new_model, losses.loss_rows, settings, optim_config, ranks, device, lr_scale)
     for f in built.layout.fragments():
         if f.kind == WEIGHT:
             fill_initial(f.values, f.offset, f.name, f.shape, cfg.model, 0)
@@ -115,6 +117,7 @@ def is_in_one_go(stage: int, precision: str) -> bool:
 
 
 def loss_rows(model, inputs, labels, documents=None):
+    """By torch, out of whole logits."""
     return cross_entropy_rows(model(inputs, documents=documents), labels)
 
 
@@ -147,7 +150,7 @@ def other_counts(stage: int, precision: str, ranks, device) -> dict:
         torch.nn.utils.clip_grad_norm_(model.parameters(), built.optim_config.grad_clip)
         torch_optimizer.step()
         expected.append(loss.item())
-    evaluated = (built.evaluate(loss_rows, **everything), loss_rows(model, **everything).detach())
+    evaluated = (built.evaluate(losses.loss_rows, **everything), loss_rows(model, **everything).detach())
     plain = dict(model.named_parameters())
     weights = (f for f in built.layout.fragments() if f.kind == WEIGHT)
     worst = max(
@@ -229,21 +232,27 @@ def half(stage: int, folder: Path, ranks, device, part="all") -> dict:
 
 
 class Watch(TorchDispatchMode):
-    """Notes the types of what collectives add up over the ranks, but for single numbers."""
+    """Notes the types of what collectives add up over the ranks, but for single numbers, and counts the products that
+    make logits.
+    """
 
     def __init__(self):
         super().__init__()
         self.reduced: set[str] = set()
+        self.logits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and "reduce" in func.__name__:
             self.reduced |= {str(leaf.dtype) for leaf in tree_leaves(args)
                              if isinstance(leaf, torch.Tensor) and leaf.numel() > 1}  # fmt: skip
+        self.logits += func is torch.ops.aten.mm.out and kwargs["out"].shape[1] == VOCAB
         return func(*args, **(kwargs or {}))
 
 
 def watched(stage: int, precision: str, ranks, device) -> dict:
-    """Of a few steps: the types that are added up over the ranks, and how often the device is waited for."""
+    """Of a few steps: the types that are added up over the ranks, how often the device is waited for, and how often
+    logits are computed.
+    """
     built, waits, accelerator = build(stage, precision, 2, ranks, device), [], get_accelerator()
     before, accelerator.synchronize = accelerator.synchronize, lambda *device: waits.append(device)
     try:
@@ -251,7 +260,7 @@ def watched(stage: int, precision: str, ranks, device) -> dict:
             train(built, ranks, 4)
     finally:
         accelerator.synchronize = before
-    return {"reduced": sorted(watch.reduced), "waits": len(waits)}
+    return {"reduced": sorted(watch.reduced), "waits": len(waits), "logits": watch.logits}
 
 
 def made(stage: int, precision: str, ranks, device) -> dict:

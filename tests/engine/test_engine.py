@@ -73,7 +73,9 @@ def test_a_rank_or_a_whole_batch_may_have_no_target(results, ranks, case):
 
 @pytest.mark.parametrize("case", [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)])
 def test_gradients_are_averaged_in_fp32_and_nothing_waits_for_the_device(results, case):
+    """And logits are computed once: 4 steps of this rank's 4 rows, of which 2 have 2 pieces."""
     found = results[2]["watched"][case]
+    assert found["logits"] == 16
     assert set(found["reduced"]) <= {"torch.float32", "torch.float64", "torch.int64"}
     assert "torch.float32" in found["reduced"] and found["waits"] == 0
 

@@ -10,6 +10,7 @@ from pretrain.config import compose
 from pretrain.engine import memory
 from pretrain.model.heads import build_model
 from pretrain.model.losses import loss_rows
+from pretrain.model.output import ON_GPU
 from pretrain.model.transformer import flops_per_token
 from tools import show_model
 
@@ -140,6 +141,13 @@ def test_the_bytes_of_a_model_of_a_hundred_million_parameters(capsys, worker, ca
     found = [rank[case] for rank in worker("memory_worker.py", case, *LARGE_ONE)]
     for kind, rel in (("peak", 0.05), ("resident", 0.1)):
         assert max(rank[kind] for rank in found) == pytest.approx(expected["peak"], rel=rel), "of the rank with most"
+
+
+def test_the_logits_of_all_positions_are_no_part_of_a_step():
+    small = ["model=gpt2_124m", "model.layers=1", "model.width=64", "model.heads=1"]
+    model = compose.compose("pretrain", ["run.name=x", *small]).model
+    found, whole = memory.activations(model, 32, 1024, "bf16", True), 2 * 32 * 1024 * model.vocab_size
+    assert found.kept < 0.02 * whole and found.kept + 2 * ON_GPU.piece < found.most < 0.3 * whole
 
 
 def test_what_fits_is_found(capsys):
