@@ -50,4 +50,5 @@ def test_state_made_early_changes_nothing(name):
             optimizer.step()
         results.append(parameter.detach().clone())
         assert set(optimizer.state[parameter]) == {"step", *optimizers.STATE_KINDS[name]}
+        assert optimizer.state[parameter]["step"] == 3
     assert torch.equal(*results)
