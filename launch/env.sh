@@ -18,6 +18,8 @@ else
     : "${NPROC:=$((_cores < 2 ? _cores : 2))}"
     # DeepSpeed would guess, and guesses by installed packages: a CUDA build of torch on a machine without a GPU fails.
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    # Large tensors get new memory each time, and a step spends a tenth on its page faults: fewer, of larger pages.
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 fi
 : "${NNODES:=1}"
 

@@ -275,14 +275,15 @@ def test_the_gpus_are_those_that_torch_can_use(tmp_path):
     env = {
         key: value
         for key, value in os.environ.items()
-        if key not in ("NPROC", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+        if key not in ("NPROC", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "GLIBC_TUNABLES")
     }
     env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    line = ["bash", "-euc", f"source {ROOT}/launch/env.sh; echo $NPROC ${{DS_ACCELERATOR:-unset}}"]
+    line = ["bash", "-euc", f"source {ROOT}/launch/env.sh; echo $NPROC ${{DS_ACCELERATOR:-no}} ${{GLIBC_TUNABLES:-no}}"]
+    on_cpu = "cpu glibc.malloc.hugetlb=1"
     ranks = str(min(2, len(os.sched_getaffinity(0))))
     for said, more, expected in (
-        ("3", {}, "3 unset"), ("0", {}, f"{ranks} cpu"), ("", {}, f"{ranks} cpu"),
-        ("3", {"CUDA_VISIBLE_DEVICES": ""}, f"{ranks} cpu"),
+        ("3", {}, "3 no no"), ("0", {}, f"{ranks} {on_cpu}"), ("", {}, f"{ranks} {on_cpu}"),
+        ("3", {"CUDA_VISIBLE_DEVICES": ""}, f"{ranks} {on_cpu}"),
     ):  # fmt: skip
         done = subprocess.run(line, env=env | {"TORCH_SEES": said} | more, capture_output=True, text=True)
         assert done.stdout == f"{expected}\n", done.stderr
