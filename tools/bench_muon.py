@@ -1,7 +1,7 @@
 """python tools/bench_muon.py [--stages 0,1,2,3] [KEY=VALUE ...]
 
 What Muon costs: steps of a model (the quickstart's, or that of KEY=VALUE) by AdamW and by Muon, in turn in one run, at
-each ZeRO stage; under torchrun on several ranks. CPU time of rank 0, all its threads; the time on a GPU.
+each ZeRO stage; under torchrun on several ranks. CPU time, the mean of the ranks; on a GPU the time it takes.
 
     torchrun --nproc-per-node 2 tools/bench_muon.py --stages 1,3
 """
@@ -23,7 +23,7 @@ from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import loss_rows
 
-ROUNDS, ACCUMULATION = 15, 2
+ROUNDS, ACCUMULATION = 9, 2
 QUICKSTART = ["experiment=quickstart", "model.vocab_size=24576"]
 
 
@@ -69,7 +69,7 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     dist.barrier()
     start = clock()
     step()
-    return clock() - start
+    return statistics.mean(dist.all_gather_objects(clock() - start))
 
 
 if __name__ == "__main__":
