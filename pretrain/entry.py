@@ -196,7 +196,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
     if ranks.is_main:
         print(f"{cfg.run.name}: {ranks.world_size} x {device.type}, {precision}, ZeRO stage {cfg.deepspeed.stage}; "
               "measuring the peak and building the model", flush=True)  # fmt: skip
-        for note in notes(plan):
+        for note in notes(plan, device, precision):
             print(f"note: {note}", flush=True)
         if plan.changes:
             print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)

@@ -6,6 +6,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from pretrain import hardware
 from pretrain.checkpoint.manifest import committed
 from pretrain.config.held_out import told_of_trained_on
 from pretrain.config.schema import Config, ModelConfig, flatten
@@ -15,7 +18,9 @@ from pretrain.evaluation.validation import Evaluation
 from pretrain.examples.stream import ExampleStream
 from pretrain.files import TRAINED_ON
 from pretrain.inference import generate
+from pretrain.model.attention import why_masks
 from pretrain.model.heads import parameter_shapes
+from pretrain.model.transformer import head_width
 from pretrain.report.events import listed, told
 from pretrain.stream.stream import Stream
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -45,13 +50,18 @@ class Plan:
     trains_on_held_out: tuple[str, ...] = ()  # of data.val, the sets that are the training data, or one of its sources
 
 
-def notes(plan: Plan) -> list[str]:
-    """What is allowed and seldom meant."""
+def notes(plan: Plan, device: torch.device | None = None, precision: str = "") -> list[str]:
+    """What is allowed and seldom meant; also of a device and its precision, where they are known."""
     cfg, found = plan.config, []
     if cfg.schedule.warmup_steps > cfg.train.steps:
         found.append(f"schedule.warmup_steps={cfg.schedule.warmup_steps} is more than train.steps={cfg.train.steps}: "
                      "the learning rate never reaches optim.lr")  # fmt: skip
     found += map(told_of_trained_on, plan.trains_on_held_out)
+    if device is not None and device.type == "cuda" and plan.model.attention == "sdpa":
+        why = why_masks(device, hardware.DTYPES[precision], head_width(plan.model), plan.model.dropout)
+        if why and (plan.model.sliding_window or cfg.data.document_mask):
+            found.append(f"attention takes memory and time for all pairs of positions of a row, as a mask of them says "
+                         f"what sees what: {why}")  # fmt: skip
     if plan.new_parameters is not None:  # the run begins: later, what was recorded counts, and events say it
         found += [f"phase: {told({'kind': 'phase'} | phase)}"
                   for phase in plan.stream.phase_summary(cfg.train.steps) if phase["left"]]  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -432,6 +433,17 @@ def test_examples_that_are_held_out_and_trained_on_are_said(check, tmp_path):
     plan = check("classification", both, train=GOOD)
     said = f"data.val=known={tmp_path}/val.jsonl is trained on too: its figures are not of held-out text"
     assert notes(plan) == [said]
+
+
+def test_masks_on_a_gpu_are_said_with_their_reason(check):
+    plan, gpu = check("classification"), torch.device("cuda")
+    near = replace(plan, model=replace(plan.model, sliding_window=8, head_width=16, dropout=0.0))
+    (said,) = notes(near, gpu, "fp32")
+    assert said.startswith("attention takes memory and time for all pairs of positions of a row") and said.endswith(
+        ": cuda has no kernel without them for float32"
+    )
+    far = replace(near, model=replace(near.model, sliding_window=0))
+    assert notes(near, gpu, "bf16") == notes(far, gpu, "fp32") == notes(near, torch.device("cpu"), "fp32") == []
 
 
 def test_another_length_is_named_and_not_the_digest_of_its_examples(check, runs):

@@ -26,7 +26,7 @@ from pretrain.config import compose
 from pretrain.config.schema import Config
 from pretrain.engine import memory
 from pretrain.engine.settings import deepspeed_config
-from pretrain.model.attention import near, plain, same_document, sdpa
+from pretrain.model.attention import Spans, bounds_of, near, plain, same_document, sdpa, why_masks
 from pretrain.model.heads import build_model
 from pretrain.model.initial import fill_initial
 from pretrain.model.losses import loss_rows
@@ -41,9 +41,8 @@ SPEEDS = {  # what a model is, and rows of a micro-batch
     "8B": (["model=llama_8b", "model.layers=4", "train.seq_len=4096"], 2),
 }  # fmt: skip
 HEADS = {"124M": (12, 12, 64), "8B": (32, 8, 128)}  # queries, keys and values, and how wide
-USABLE = 0.9  # of a card's memory
-LR = 1e-2
-FUSED = r"aten::_scaled_dot_product_((?!.*backward)\w+)"  # what torch calls the kernels of its attention
+USABLE, LR = 0.9, 1e-2  # of a card's memory
+FUSED = r"(?:aten::_scaled_dot_product|torch_attn::)_((?!.*backward)\w+)"  # torch's names of the kernels of attention
 Parts = list[dict[str, torch.Tensor]]
 
 
@@ -75,9 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("piece", choices=PIECES)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--rows", type=Path, required=True)
-    args = parser.parse_args(argv)
+    args, code = parser.parse_args(argv), FINISHED
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever a container has set
-    code = FINISHED
     with open(args.rows, "w", encoding="utf-8", buffering=1) as file:
         try:
             for row in PIECES[args.piece](place_of(args.device)):
@@ -147,15 +145,15 @@ def collectives(place: Place) -> Iterator[Row]:
 
 def attention(place: Place) -> Iterator[Row]:
     """Output and gradients in each precision against fp64, beside the formula's own error in that precision."""
-    length = 64 if place.is_tiny else 1024
     for precision, shape in (("fp32", "124M"), (place.low, "124M"), (place.low, "8B")):
-        heads, groups, width = (4, 2, 16) if place.is_tiny else HEADS[shape]
+        (heads, groups, width), length = ((4, 2, 16), 64) if place.is_tiny else (HEADS[shape], 1024)
         torch.manual_seed(0)
         sizes = [(2, count, length, width) for count in (heads, groups, groups, heads)]
         qkvg = [torch.randn(size, device=place.device).to(hardware.DTYPES[precision]) for size in sizes]
+        given = masks(length, place.device, qkvg[0])
         for name, mask in masks(length, place.device).items():
             with profile(activities=[ProfilerActivity.CPU]) as seen:  # the host's side names the kernels too
-                found = route_of(sdpa, qkvg, mask)
+                found = route_of(sdpa, qkvg, given[name])
             kernels = {key[1] for event in seen.events() if (key := re.match(FUSED, event.name))}
             exact, formula = route_of(plain, [x.double() for x in qkvg], mask), route_of(plain, qkvg, mask)
             error, other = largest(found, exact), largest(formula, exact)
@@ -166,14 +164,17 @@ def attention(place: Place) -> Iterator[Row]:
             yield Row(f"{name}, {precision}, heads of {shape}", passed, said, facts)
 
 
-def masks(length: int, device: torch.device) -> dict[str, torch.Tensor | None]:
-    """Made on the device where they are used."""
-    documents = (torch.arange(length, device=device) // (length // 3)).repeat(2, 1)
+def masks(length: int, device: torch.device, q: torch.Tensor | None = None) -> dict[str, torch.Tensor | Spans | None]:
+    """Made on the device where they are used. With queries what a model has there, spans if a kernel takes them."""
+    document, place = length // 3, torch.arange(2 * length, device=device) % length
+    if q is not None and why_masks(device, q.dtype, q.shape[-1], 0.0) is None:
+        documents, rows = (bounds_of(place % size == 0) for size in (document, length))
+        return {"causal": None, "documents": Spans(*documents, (-1, 0)), "window": Spans(*rows, (length // 4 - 1, 0))}
     window = near(length, length, length // 4, True, device)[None, None]
-    return {"causal": None, "documents": same_document(documents, True), "window": window}
+    return {"causal": None, "documents": same_document((place // document).view(2, length), True), "window": window}
 
 
-def route_of(route: Callable, qkvg: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+def route_of(route: Callable, qkvg: list[torch.Tensor], mask: torch.Tensor | Spans | None) -> list[torch.Tensor]:
     """What comes out, and the gradients of queries, keys and values."""
     *qkv, gradient = (x.detach().requires_grad_() for x in qkvg)
     mixed = route(*qkv, True, 0.0, mask)
@@ -223,8 +224,7 @@ def equal_step(number: int, place: Place) -> Row:
     cfg = place.configured([*SMALL, "optim.eps=1e-4"], number)
     engine = engine_of(place, cfg, "fp32", 2, 2)
     loss, norm = engine.step(*batch_of(cfg, 2, 2, place.device), LR).read()
-    model, expected_loss, expected_norm = by_torch_alone(cfg, *batch_of(cfg, 2, 2, torch.device("cpu")))
-    expected = dict(model.named_parameters())
+    expected, expected_loss, expected_norm = by_torch_alone(cfg, *batch_of(cfg, 2, 2, torch.device("cpu")))
     apart = [(each.values.cpu() - expected[each.name].detach().flatten()).abs().max() for each in weights_of(engine)]
     off = [abs(loss / expected_loss - 1), abs(norm / expected_norm - 1), max(apart).item() / LR]
     said = f"loss off by {off[0]:.1e}, gradient norm by {off[1]:.1e}, a weight by {off[2]:.1e} of the learning rate"
@@ -232,8 +232,8 @@ def equal_step(number: int, place: Place) -> Row:
     return Row("a step in fp32 as on the CPU", passed, said, {"loss": loss, "norm": norm, "off": off})
 
 
-def by_torch_alone(cfg: Config, parts: Parts, targets: int) -> tuple[torch.nn.Module, float, float]:
-    """On the CPU, without DeepSpeed: the model after a step, its loss and its gradient norm."""
+def by_torch_alone(cfg: Config, parts: Parts, targets: int) -> tuple[dict[str, torch.Tensor], float, float]:
+    """On the CPU, without DeepSpeed: the parameters after a step, its loss and its gradient norm."""
     model = build_model(cfg.model)
     for name, parameter in model.named_parameters():
         fill_initial(parameter.data.view(-1), 0, name, tuple(parameter.shape), cfg.model, 0)
@@ -242,7 +242,7 @@ def by_torch_alone(cfg: Config, parts: Parts, targets: int) -> tuple[torch.nn.Mo
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip)
     optimizer.step()
-    return model, loss.item(), norm.item()
+    return dict(model.named_parameters()), loss.item(), norm.item()
 
 
 def peak_memory(place: Place, cfg: Config, rows: int, accumulation: int) -> tuple[Row, Callable[[], Any]]:

@@ -1,13 +1,61 @@
 """softmax(Q K^T / sqrt(d_k)) V (Vaswani et al., "Attention Is All You Need", 2017, equation 1), by two routes.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Q query positions, S key positions, K head width.
-A `mask` [B or 1, 1, Q, S], True where a query may look, says it all: it stands in the place of `causal`.
+A `mask` [B or 1, 1, Q, S], True where a query may look, says it all: it stands in the place of `causal`. So do `Spans`,
+which say the same of documents and windows in a few numbers, where there is a kernel that takes them: a mask of 8,192
+positions is 67 MB, and no flash attention takes any.
 """
 
+import inspect
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not before torch 2.13
+SPANS_ON = {"cuda": (torch.bfloat16, torch.float16)}  # which devices have a kernel for spans, and of what
+
+
+class Spans(NamedTuple):
+    """The positions of all rows, one row after the other, cut into spans that do not see each other."""
+
+    bounds: torch.Tensor  # int32[n + 1]: where each begins, and the last one ends
+    longest: int
+    reach: tuple[int, int]  # how far a position sees back, and ahead; -1: as far as its span goes
+
+
+def bounds_of(begins_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The bounds of spans, and how long the longest is, out of where a document begins (bool; each row does)."""
+    starts = begins_BT.flatten().nonzero().flatten()
+    bounds = F.pad(starts, (0, 1), value=begins_BT.numel())
+    return bounds.to(torch.int32), int(bounds.diff().max())
+
+
+def why_masks(device: torch.device, dtype: torch.dtype, head_width: int, dropout: float) -> str | None:
+    """Why documents and windows need masks here; None where the kernel of torch.nn.attention.varlen takes their spans:
+    flash attention (Dao, 2023).
+    """
+    if dtype not in SPANS_ON.get(device.type, ()):
+        return f"{device.type} has no kernel without them for {str(dtype).removeprefix('torch.')}"
+    if head_width % 8 or head_width > 256:
+        return f"the kernel without them takes heads of 8, 16, ... 256 numbers, not of {head_width}"
+    if dropout:
+        return "the kernel without them knows no dropout"
+    if not HAS_GROUPS:
+        return f"torch {torch.__version__} is too old for a kernel without them: take 2.13"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is too old for a kernel without them"
+    return None
+
+
+def in_spans(q_BHTK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """As `sdpa`, without dropout. Queries and keys are of the same positions."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BGTK, v_BGTK))
+    bounds, longest, reach = spans
+    mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=reach, enable_gqa=True)
+    return mixed.unflatten(0, (q_BHTK.shape[0], -1)).transpose(1, 2)
 
 
 def visible(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
@@ -57,9 +105,11 @@ def plain(
 
 def sdpa(
     q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | Spans | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """PyTorch's fused kernels: flash attention where the device has it, and no mask is given."""
+    if isinstance(mask, Spans):
+        return in_spans(q_BHQK, k_BGSK, v_BGSK, mask)
     grouped = q_BHQK.shape[1] != k_BGSK.shape[1]
     query_length, key_length = q_BHQK.shape[2], k_BGSK.shape[2]
     if mask is not None:

@@ -13,10 +13,15 @@ from pretrain.config.schema import ModelConfig
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # turns over the original positions (YaRN's beta and alpha)
 
 
+def begins_of_documents(documents_BT: torch.Tensor) -> torch.Tensor:
+    """bool [B, T]: whether a document, or padding, begins here."""
+    return F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+
+
 def places_in_documents(documents_BT: torch.Tensor) -> torch.Tensor:
     """The place of each token in its document [B, T], from 0 on."""
     place_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    begins_BT = begins_of_documents(documents_BT)
     return place_T - (place_T * begins_BT).cummax(1).values
 
 

@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.schema import ModelConfig
-from pretrain.model.attention import ATTENTION, near, same_document
+from pretrain.model.attention import ATTENTION, Spans, bounds_of, near, same_document, why_masks
 from pretrain.model.lora import linear
-from pretrain.model.positions import places_in_documents, rotate, rotations, sinusoids
+from pretrain.model.positions import begins_of_documents, places_in_documents, rotate, rotations, sinusoids
+
+Mask = torch.Tensor | Spans | None
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
 ACTIVATIONS = {
@@ -91,7 +93,7 @@ class Attention(nn.Module):
         self.k_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: torch.Tensor | None
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask
     ) -> torch.Tensor:
         def heads(y: torch.Tensor) -> torch.Tensor:
             return y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -137,7 +139,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: torch.Tensor | None
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask
     ) -> torch.Tensor:
         if self.pre:
             x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
@@ -176,7 +178,11 @@ class Transformer(nn.Module):
             assert documents_BS.shape[1] == end, "documents are of the cached places too"
             place = places_in_documents(documents_BS)[:, start:]
         x_BTD = self._embed(tokens_BT, place, segments_BT)
-        ropes, masks = self._ropes(place, x_BTD.dtype), self._masks(start, end, documents_BS, tokens_BT.device)
+        ropes = self._ropes(place, x_BTD.dtype)
+        if cache is None and self._takes_spans(x_BTD):
+            masks = self._spans(tokens_BT, documents_BS)
+        else:
+            masks = self._masks(start, end, documents_BS, tokens_BT.device)
         for layer, block in enumerate(self.blocks):
             local = has_window(self.config, layer)
             inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local])
@@ -209,7 +215,7 @@ class Transformer(nn.Module):
 
     def _masks(
         self, start: int, end: int, documents_BS: torch.Tensor | None, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Mask, Mask]:
         """Masks of the layers that see all, and of those with a window; None where `causal` says enough.
 
         The queries are the places from `start` to `end`, the keys all before `end`.
@@ -217,10 +223,34 @@ class Transformer(nn.Module):
         full, window, causal = None, self.config.sliding_window, self.config.causal
         if documents_BS is not None:
             full = same_document(documents_BS, causal, start)
-        if not window or end <= (window if causal else window // 2 + 1):  # the window reaches everywhere
+        if not self._is_local(end):
             return full, full
         local = near(end - start, end, window, causal, device)[None, None]
         return full, local if full is None else full & local
+
+    def _takes_spans(self, x_BTD: torch.Tensor) -> bool:
+        config, dropout = self.config, self.config.dropout if self.training else 0.0
+        return config.attention == "sdpa" and not why_masks(x_BTD.device, x_BTD.dtype, head_width(config), dropout)
+
+    def _spans(self, tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None) -> tuple[Mask, Mask]:
+        """The same as `_masks` in a few numbers. Those of documents are as many as there are: a GPU is waited for."""
+        (rows, length), window, causal = tokens_BT.shape, self.config.sliding_window, self.config.causal
+        is_local = self._is_local(length)
+        if documents_BT is not None:
+            bounds, longest = bounds_of(begins_of_documents(documents_BT))
+        elif is_local:
+            bounds = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=tokens_BT.device)
+            longest = length
+        else:
+            return None, None
+        full = None if documents_BT is None else Spans(bounds, longest, (-1, 0 if causal else -1))
+        reach = (window - 1, 0) if causal else (window // 2, window // 2)
+        return full, Spans(bounds, longest, reach) if is_local else full
+
+    def _is_local(self, length: int) -> bool:
+        """Whether a window hides any of so many positions."""
+        window = self.config.sliding_window
+        return window > 0 and length > (window if self.config.causal else window // 2 + 1)
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty key/value caches for `capacity` positions."""
