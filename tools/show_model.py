@@ -25,7 +25,7 @@ from pretrain.engine import memory
 from pretrain.engine.settings import bucket_of
 from pretrain.hardware import PRECISIONS
 from pretrain.model.heads import parameter_shapes
-from pretrain.model.transformer import flops_per_token
+from pretrain.model.transformer import flops_per_token, recomputed_flops_per_token
 
 EPILOG = """
 non-embedding parameters leave out what is looked up: token, position and segment embeddings (a tied output matrix is
@@ -42,9 +42,11 @@ bytes, as the trainer runs it, gradients accumulated over micro-batches:
              fp32, 4 (not for ZeRO 0 in fp32, where the weights are); ZeRO 1, 2 and 3 share them out
   extra      the most that comes on top within a step: activations of train.micro_batch_size rows of train.seq_len
              tokens, buckets and copies that are reduced, parameters that ZeRO 3 gathers
-pretrain/engine/README.md has the formulas. What CUDA itself takes, 1 to 2 GB, is not counted.
+activations are those of each train.activation_checkpointing: kept by a forward pass, the most at any moment, and the
+FLOPs, with what is computed again, over those without. pretrain/engine/README.md has the formulas. What CUDA itself
+takes, 1 to 2 GB, is not counted.
 
---fit CARDSxGB: of stages 1 to 3, first without activation checkpointing and then with it, the largest micro-batch that
+--fit CARDSxGB: of stages 1 to 3, for each activation checkpointing, from none to full, the largest micro-batch that
 fits (a tenth of the card is kept for CUDA and for memory in pieces), and what is left. What stands first communicates
 and computes least. Labels count as if every token had one.
 """
@@ -101,13 +103,14 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
     predicted = 1.0 if model.causal else config.objective.mask_rate
     sizes = memory.counts(model, config.optim.name)
     rows, checkpointing = config.train.micro_batch_size, config.train.activation_checkpointing
-    activations = memory.activations(model, rows, seq_len, precision, checkpointing)
+    measured = {kind: memory.activations(model, rows, seq_len, precision, kind) for kind in memory.CHECKPOINTING}
+    activations, flops = measured[checkpointing], flops_per_token(model, seq_len, predicted)
     bucket = bucket_of(config.deepspeed)
     return {
         "parameters": sizes.parameters,
         "trained_parameters": sizes.trained,
         "non_embedding_parameters": sum(n for name, n in counts.items() if not name.startswith(LOOKED_UP)),
-        "flops_per_token": flops_per_token(model, seq_len, predicted),
+        "flops_per_token": flops,
         "seq_len": seq_len,
         "predicted": predicted,
         "ranks": ranks,
@@ -119,6 +122,10 @@ def describe(config: Config, ranks: int, precision: str) -> dict[str, Any]:
         },
         "micro_batch_size": rows,
         "activation_checkpointing": checkpointing,
+        "activations": {
+            kind: asdict(found) | {"flops": 1 + recomputed_flops_per_token(model, seq_len, kind) / flops}
+            for kind, found in measured.items()
+        },
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "tied": tied(model),
     }
@@ -154,12 +161,12 @@ def fit_in_words(facts: dict[str, Any]) -> str:
                 "More cards, a shorter train.seq_len or a smaller model would.")  # fmt: skip
     lines = [head, f"{'':16}{'checkpointing':>14}{'micro-batch':>13}{'GB a rank':>11}{'GB left':>9}"]
     for found in facts["fits"]:
-        checkpointing = "yes" if found["activation_checkpointing"] else "no"
-        lines.append(f"deepspeed=zero{found['stage']} {checkpointing:>14}{found['micro_batch_size']:>13}"
-                     f"{found['bytes'] / 1e9:>11.1f}{found['left'] / 1e9:>9.1f}")  # fmt: skip
+        sizes = f"{found['bytes'] / 1e9:>11.1f}{found['left'] / 1e9:>9.1f}"
+        kind, rows = found["activation_checkpointing"], found["micro_batch_size"]
+        lines.append(f"deepspeed=zero{found['stage']} {kind:>14}{rows:>13}{sizes}")
     first = facts["fits"][0]
     keys = [f"deepspeed=zero{first['stage']}", f"train.micro_batch_size={first['micro_batch_size']}"]
-    keys += ["train.activation_checkpointing=true"] if first["activation_checkpointing"] else []
+    keys += [f"train.activation_checkpointing={first['activation_checkpointing']}"]
     return "\n".join([*lines, f"take {' '.join(keys)}"])
 
 
@@ -183,11 +190,16 @@ def in_words(facts: dict[str, Any]) -> str:
         f"flops_per_token           {facts['flops_per_token']:>16,.0f}   ({facts['seq_len']:,} tokens a row{share})",
         "",
         f"GB a rank, {facts['ranks']} ranks, {facts['precision']}, {facts['micro_batch_size']} rows at a time, "
-        f"activation checkpointing {'on' if facts['activation_checkpointing'] else 'off'}",
+        f"activation checkpointing {facts['activation_checkpointing']}",
         f"{'':8}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'extra':>12}{'peak':>12}",
     ]
     for stage, sizes in facts["bytes_per_rank"].items():
         lines.append(f"{stage:8}" + "".join(f"{size / 1e9:12.3f}" for size in sizes.values()))
+    lines += ["", f"{'GB of activations':24}{'kept':>12}{'most':>12}{'FLOPs':>12}"]
+    for kind, found in facts["activations"].items():
+        lines.append(
+            f"checkpointing {kind:10}{found['kept'] / 1e9:12.3f}{found['most'] / 1e9:12.3f}{found['flops']:12.2f}"
+        )
     return "\n".join(lines)
 
 

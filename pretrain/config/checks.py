@@ -29,6 +29,7 @@ TASKS = tuple(READS["task"])
 CHOICES = {
     "resume": ("auto", "never"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
+    "train.activation_checkpointing": ("none", "ffn", "full"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
     "model.norm": ("rmsnorm", "layernorm"),

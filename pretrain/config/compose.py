@@ -155,7 +155,10 @@ def from_hydra(cfg: Any, origin: Origin = Origin()) -> Config:  # noqa: B008 (fr
 
 def _checked(plain: dict[str, Any], origin: Origin) -> Config:
     """Plain values -> `Config`. Text is taken as it is: a label that looks like an interpolation is a label."""
-    _check_phases((plain.get("train") or {}).get("phases"), origin)
+    train = plain.get("train") or {}
+    _check_phases(train.get("phases"), origin)
+    if (key := "activation_checkpointing") in train:  # it was all or nothing once
+        train[key] = {"true": "full", "false": "none"}.get(str(train[key]).lower(), train[key])
     try:
         merged = OmegaConf.merge(_schema(), _escaped(plain))
         missing = sorted(OmegaConf.missing_keys(merged))

@@ -53,7 +53,7 @@ class TrainConfig:
     checkpoint_file_gb: float
     eval_every: int
     eval_samples: int
-    activation_checkpointing: bool
+    activation_checkpointing: str
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pretrain.optim.optimizers import STATE_KINDS, algorithm_of
 
 FP32 = 4  # bytes a number, of each moment too
 WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at a time at stage 0 and at stage 1 in bf16
+CHECKPOINTING = ("none", "ffn", "full")  # from what computes least to what keeps least
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
 
 
@@ -116,7 +117,7 @@ def counts(model: ModelConfig, optimizer: str, trainable: Callable[[str], bool] 
 
 
 @functools.cache
-def activations(model: ModelConfig, rows: int, length: int, precision: str, checkpointing: bool) -> Activations:
+def activations(model: ModelConfig, rows: int, length: int, precision: str, checkpointing: str) -> Activations:
     """Of `rows` x `length` tokens, each of them a target: measured on tensors without memory."""
     default = torch.get_default_dtype()
     try:
@@ -144,7 +145,7 @@ def fitting(
     bucket: int = BUCKET,
 ) -> Iterator[dict]:  # fmt: skip
     """What fits a card of so many bytes: stage, checkpointing, and of each the largest micro-batch, a power of two."""
-    for checkpointing in (False, True):
+    for checkpointing in CHECKPOINTING:
         for stage in (1, 2, 3) if ranks > 1 else (1,):
             found = None
             for rows in (2**power for power in range(8)):

@@ -32,7 +32,7 @@ class Transform(nn.Module):
 class LanguageModel(nn.Module):
     """Token ids [B, T] -> logits [B, T, V]; the output matrix is the embedding when they are tied."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.trunk = Transformer(config, activation_checkpointing)
         self.transform = Transform(config) if config.head_transform else nn.Identity()
@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
 class PooledModel(nn.Module):
     """Token ids [B, T] -> hidden states [B, T, D] and BERT's pooled first token [B, D]."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.trunk = Transformer(config, activation_checkpointing)
         self.pooler = nn.Linear(config.width, config.width)
@@ -71,7 +71,7 @@ class PooledModel(nn.Module):
 class HiddenStates(nn.Module):
     """Token ids [B, T] -> hidden states [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.trunk = Transformer(config, activation_checkpointing)
 
@@ -86,7 +86,7 @@ class TaskModel(nn.Module):
     answer's beginning and its end at each token [B, T, 2] (`span`).
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.pooling = config.pooling if config.head == "sequence" else None
         self.trunk = Transformer(config, activation_checkpointing)
@@ -111,7 +111,7 @@ class EmbeddingModel(nn.Module):
     Gurevych, "Sentence-BERT", 2019).
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.pooling = config.pooling
         self.trunk = Transformer(config, activation_checkpointing)
@@ -151,7 +151,7 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_model(config: ModelConfig, activation_checkpointing: bool = False) -> nn.Module:
+def build_model(config: ModelConfig, activation_checkpointing: str = "none") -> nn.Module:
     """The model that `config.head` says, its weights still to be filled in: what they are now is what was in their
     memory. With `config.lora_rank` only the adapters are to be trained, and the head of a task.
     """

@@ -129,8 +129,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream, normalised before (pre) or after (post)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, recomputes_ffn: bool = False):
         super().__init__()
+        self.recomputes_ffn = recomputes_ffn
         self.pre = config.norm_position == "pre"
         is_normal = self.pre and config.embedding_norm and layer == 0  # what comes in has just been normalised
         self.attention_norm = nn.Identity() if is_normal else new_norm(config, config.width)
@@ -143,24 +144,35 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         if self.pre:
             x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
+        else:
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rope, cache, mask)))
+        if self.recomputes_ffn and torch.is_grad_enabled():
+            return checkpoint(self._feed_forward, x_BTD, use_reentrant=False)
+        return self._feed_forward(x_BTD)
+
+    def _feed_forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.pre:
             return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rope, cache, mask)))
         return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
 
 
 class Transformer(nn.Module):
-    """Token ids [B, T] -> hidden states [B, T, D]."""
+    """Token ids [B, T] -> hidden states [B, T, D].
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+    What `activation_checkpointing` names is not kept for the backward pass but computed again there (Chen et al.,
+    "Training Deep Nets with Sublinear Memory Cost", 2016): none, ffn (the feed-forward layers), full (all of a block).
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recomputes_blocks, recomputes_ffn = activation_checkpointing == "full", activation_checkpointing == "ffn"
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.max_positions, config.width) if config.positions == "learned" else None
         self.segments = nn.Embedding(config.segments, config.width) if config.segments else None
         self.embedding_norm = new_norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, recomputes_ffn) for layer in range(config.layers))
         self.norm = new_norm(config, config.width) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
@@ -186,7 +198,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             local = has_window(self.config, layer)
             inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local])
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.recomputes_blocks and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x_BTD = block(*inputs)
@@ -267,11 +279,27 @@ def flops_per_token(config: ModelConfig, seq_len: int, predicted: float = 1.0, f
     `predicted`: the share of the positions whose logits are computed. Sliding windows are counted as full attention.
     """
     inner = config.heads * head_width(config)
-    attention = config.width * (2 * inner + 2 * kv_heads(config) * head_width(config))
-    ffn = config.width * ffn_width(config) * (3 if config.activation in GATED else 2)
+    attention, ffn = _weights(config)
     head = 0.0
     if config.head == "lm":
         head = predicted * config.width * (config.vocab_size + (config.width if config.head_transform else 0))
     a_weight, learning = 4.0 if config.lora_rank else 6.0, config.layers - frozen
     forward = frozen * (2.0 * (attention + ffn) + 4.0 * inner * seq_len)
     return forward + a_weight * (learning * (attention + ffn) + head) + 12.0 * learning * inner * seq_len
+
+
+def recomputed_flops_per_token(config: ModelConfig, seq_len: int, activation_checkpointing: str) -> float:
+    """What the backward pass computes again, on top of `flops_per_token`."""
+    attention, ffn = _weights(config)
+    again = {
+        "none": 0.0,
+        "ffn": 2.0 * ffn,
+        "full": 2.0 * (attention + ffn) + 4.0 * config.heads * head_width(config) * seq_len,
+    }
+    return config.layers * again[activation_checkpointing]
+
+
+def _weights(config: ModelConfig) -> tuple[int, int]:
+    """How many a block's attention and its feed-forward have in matrices."""
+    attention = 2 * config.width * head_width(config) * (config.heads + kv_heads(config))
+    return attention, config.width * ffn_width(config) * (3 if config.activation in GATED else 2)

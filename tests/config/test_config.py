@@ -79,6 +79,7 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["schedule.warmup_steps=-1"], ["schedule.warmup_steps", "negative"]),
         (["model.dropout=2"], ["model.dropout", "between 0 and 1"]),
         (["train.precision=fp23"], ["train.precision", "fp32"]),
+        (["train.activation_checkpointing=fnn"], ["train.activation_checkpointing=fnn", "ffn", "did you mean ffn?"]),
         (["log.wandb=none"], ["log.wandb=none: choose one of", "log=none is without W&B"]),
         (["model=lama_14m"], ["model=lama_14m", "llama_14m"]),
         (["train.seq_len=5000"], ["train.seq_len=5000", "model.max_positions=1024"]),
@@ -169,6 +170,18 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path):
         del saved["task"][key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert compose.read(tmp_path / "config.yaml") == tuned
+
+
+@pytest.mark.parametrize("said, meant", [("true", "full"), ("True", "full"), ("false", "none"), ("ffn", "ffn")])
+def test_activation_checkpointing_is_read_as_all_or_nothing_too(tmp_path, monkeypatch, said, meant):
+    line = ["run.name=x", f"train.activation_checkpointing={said}"]
+    cfg = compose.compose("pretrain", line)
+    monkeypatch.setattr("sys.argv", ["pretrain", *line])
+    assert cfg.train.activation_checkpointing == meant and compose.from_command_line("pretrain", dict) == cfg
+    saved = yaml.safe_load(to_yaml(cfg))
+    saved["train"]["activation_checkpointing"] = yaml.safe_load(said)  # as earlier versions wrote it
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert compose.read(tmp_path / "config.yaml") == cfg
 
 
 @pytest.mark.parametrize("steps, epochs, expected", [(0, 1, 13), (0, 0.5, 7), (0, 2, 25), (0, 0.001, 1), (9, 2, 9)])

@@ -10,10 +10,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pretrain.config import compose
 from pretrain.model.attention import plain, same_document, sdpa
-from pretrain.model.heads import parameter_shapes
+from pretrain.model.heads import build_model, parameter_shapes
 from pretrain.model.losses import cross_entropy_rows
 from pretrain.model.positions import places_in_documents, rotations, sinusoids
-from pretrain.model.transformer import flops_per_token, has_window
+from pretrain.model.transformer import flops_per_token, has_window, recomputed_flops_per_token
 from tests.models import filled_model, initial_value
 
 SMALL = ["run.name=x", "model=llama_tiny", "model.vocab_size=97", "train.seq_len=32"]
@@ -236,17 +236,24 @@ def test_places_start_again_with_each_document():
     assert places_in_documents(DOCUMENTS).tolist() == expected
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS[:2, :12]], ids=["one document", "several documents"])
-def test_activation_checkpointing_changes_nothing(documents):
-    cfg = model_config()
+def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice(documents, norm_position):
+    cfg = model_config("model.attention=plain", "model.dropout=0.1", f"model.norm_position={norm_position}")
     tokens = torch.randint(0, 97, (2, 12))
     gradients = []
-    for checkpointing in (False, True):
-        model = build(cfg)
-        model.trunk.activation_checkpointing = checkpointing
-        cross_entropy_rows(model(tokens, documents=documents), tokens).sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for checkpointing in ("none", "ffn", "full"):
+        model = build_model(cfg, checkpointing)
+        model.load_state_dict(build(cfg).state_dict())
+        torch.manual_seed(0)
+        rows = cross_entropy_rows(model(tokens, documents=documents), tokens)
+        with FlopCounterMode(display=False) as counter:
+            rows.sum().backward()
+        again = counter.get_total_flops() - 2 * (flops_per_token(cfg, 12) / 3) * tokens.numel()
+        assert again == recomputed_flops_per_token(cfg, 12, checkpointing) * tokens.numel()
+        gradients.append([rows.detach(), *(p.grad for p in model.parameters())])
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_sinusoids_are_the_papers_formula():

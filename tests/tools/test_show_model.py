@@ -146,8 +146,19 @@ def test_the_bytes_of_a_model_of_a_hundred_million_parameters(capsys, worker, ca
 def test_the_logits_of_all_positions_are_no_part_of_a_step():
     small = ["model=gpt2_124m", "model.layers=1", "model.width=64", "model.heads=1"]
     model = compose.compose("pretrain", ["run.name=x", *small]).model
-    found, whole = memory.activations(model, 32, 1024, "bf16", True), 2 * 32 * 1024 * model.vocab_size
+    found, whole = memory.activations(model, 32, 1024, "bf16", "full"), 2 * 32 * 1024 * model.vocab_size
     assert found.kept < 0.02 * whole and found.kept + 2 * ON_GPU.piece < found.most < 0.3 * whole
+
+
+def test_each_checkpointing_keeps_less_and_computes_more(capsys):
+    found = shown(capsys, "model=llama_1b", "model.layers=2", "train.seq_len=512")
+    none, ffn, full = (found["activations"][kind] for kind in ("none", "ffn", "full"))
+    for name in ("kept", "most"):
+        assert none[name] > ffn[name] > full[name] > 0
+    assert 1 == none["flops"] < ffn["flops"] < full["flops"] < 4 / 3
+    extra = found["bytes_per_rank"]["zero1"]["extra"]
+    other = shown(capsys, "model=llama_1b", "model.layers=2", "train.seq_len=512", "train.activation_checkpointing=ffn")
+    assert extra - other["bytes_per_rank"]["zero1"]["extra"] == none["most"] - ffn["most"]
 
 
 def test_what_fits_is_found(capsys):
@@ -156,7 +167,7 @@ def test_what_fits_is_found(capsys):
     assert "124,439,808 parameters in bf16, 1,024 tokens a row, on 1 card of 24 GB, of which 21.6 are used" in words
     found = shown(capsys, "model=gpt2_124m", "model.layers=4", "--fit", "2x4GB")
     assert [(each["stage"], each["activation_checkpointing"]) for each in found["fits"]] == [
-        (stage, checkpointing) for checkpointing in (False, True) for stage in (1, 2, 3)
+        (stage, checkpointing) for checkpointing in ("none", "ffn", "full") for stage in (1, 2, 3)
     ]
     for each in found["fits"]:
         assert each["bytes"] + each["left"] == found["usable_bytes"] == 3_600_000_000 and each["left"] >= 0
