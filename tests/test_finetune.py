@@ -442,7 +442,8 @@ def test_masks_on_a_gpu_are_said_with_their_reason(check):
     assert said.startswith("attention takes memory and time for all pairs of positions of a row") and said.endswith(
         ": cuda has no kernel without them for float32"
     )
-    far = replace(near, model=replace(near.model, sliding_window=0))
+    whole = replace(plan.config, data=replace(plan.config.data, document_mask=False))
+    far = replace(near, config=whole, model=replace(near.model, sliding_window=0))
     assert notes(near, gpu, "bf16") == notes(far, gpu, "fp32") == notes(near, torch.device("cpu"), "fp32") == []
 
 

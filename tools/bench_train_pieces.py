@@ -6,6 +6,7 @@ anything else prints goes to stderr. It ends when stdin does. JSON has `override
 step's it takes at once.
 """
 
+import argparse
 import collections
 import functools
 import gc
@@ -197,8 +198,11 @@ def other(name: str, gate: Gate, overrides: list[str], rows: int) -> None:
 
 
 if __name__ == "__main__":
-    name, facts = sys.argv[1], json.loads(sys.argv[2])
-    if name == "ours":
-        ours(Gate(), facts["overrides"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contestant")
+    parser.add_argument("facts", metavar="JSON", type=json.loads)
+    args = parser.parse_args()
+    if args.contestant == "ours":
+        ours(Gate(), args.facts["overrides"])
     else:
-        other(name, Gate(), facts["overrides"], facts["rows"])
+        other(args.contestant, Gate(), args.facts["overrides"], args.facts["rows"])

@@ -3,10 +3,10 @@
 The tables of tools/bench_train.py, out of what its --json wrote.
 """
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,4 +59,6 @@ def counted(number: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    print(in_words(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", type=Path)
+    print(in_words(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))
