@@ -2,12 +2,13 @@
 #
 #   source launch/env.sh
 #
-# Nothing that is already set is overridden. Reads NPROC (ranks on this node; default: one a GPU, else 2 on a CPU that
-# has them) and NNODES (default 1).
+# Nothing that is already set is overridden. Reads NPROC (ranks on this node; default: one a GPU, else one a NUMA node)
+# and NNODES (default 1).
 
 _checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # nproc would obey OMP_NUM_THREADS
 _gpus=0
+: "${NNODES:=1}"
 if [[ -n ${CUDA_VISIBLE_DEVICES-all} ]] && { command -v nvidia-smi || compgen -G '/dev/nvidia*' || ls /dev/dxg /dev/kfd; } &>/dev/null
 then  # there may be some: torch knows how many it can use, in containers, under WSL and ROCm too
     _gpus=$("${PYTHON:-$_checkout/.venv/bin/python}" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
@@ -15,16 +16,20 @@ fi
 if ((_gpus)); then
     : "${NPROC:=$_gpus}"
 else
-    : "${NPROC:=$((_cores < 2 ? _cores : 2))}"
+    # One rank has no messages and no copies for them; memory of another NUMA node is slow to reach for its threads.
+    _numa=$({ compgen -G '/sys/devices/system/node/node[0-9]*' || echo node0; } | wc -l)
+    : "${NPROC:=$((_numa < _cores ? _numa : _cores))}"
     # DeepSpeed would guess, and guesses by installed packages: a CUDA build of torch on a machine without a GPU fails.
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     # Large tensors get new memory each time, and a step spends a tenth on its page faults: fewer, of larger pages.
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 fi
-: "${NNODES:=1}"
 
-# Ranks that each start a thread a core fight over the cores; torchrun's own default is one thread, too few on a CPU.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((_cores / NPROC > 0 ? _cores / NPROC : 1))}
+# Ranks that each start a thread a core fight over the cores; torchrun's own default is one thread, too few on a CPU. One
+# rank alone on a CPU tries how many are fastest.
+if ((_gpus || NPROC * NNODES > 1)) || [[ -n ${OMP_NUM_THREADS:-} ]]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((_cores / NPROC > 0 ? _cores / NPROC : 1))}
+fi
 
 # DeepSpeed builds C++ operators at first use, under a lock that a killed build leaves behind; whoever comes next waits
 # for it without a word. So: a folder of our own, and locks older than any build (a few minutes) are removed.
@@ -53,4 +58,4 @@ export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
 # The lines of all ranks go to one log: unbuffered they come in the order in which they were written.
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
 
-unset _checkout _cores _gpus
+unset _checkout _cores _gpus _numa

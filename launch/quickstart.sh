@@ -38,7 +38,7 @@ else
         --output "$data/shards" "${held_out[@]}"
 fi
 
-step "3/5 training on $NPROC ranks with ZeRO-1 (Ctrl-C saves; the same command continues)"
+step "3/5 training with ZeRO-1, ranks: $NPROC (Ctrl-C saves; the same command continues)"
 trainer= stopped= code=0
 trap '[[ -z $trainer ]] || kill -TERM "$trainer" 2>/dev/null || true; stopped=1' INT TERM
 launch/torchrun.sh experiment=quickstart run.name=quickstart data.train="$data/shards" data.val="$data/shards" "$@" &

@@ -7,7 +7,7 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh ...    # NODE_RANK=1 on the second
 #
-# Settings (environment): NPROC ranks on each node (default: its GPUs, else 2), NNODES, NODE_RANK, MASTER_ADDR,
+# Settings (environment): NPROC ranks on each node (default: its GPUs, or its NUMA nodes), NNODES, NODE_RANK, MASTER_ADDR,
 # MASTER_PORT (default on one node: a free one; on several: 29500), MODULE (pretrain.train), PYTHON (.venv/bin/python).
 # SIGTERM, SIGUSR1 or Ctrl-C: the run saves a checkpoint and stops with exit code 75; a second Ctrl-C stops at once.
 # Exit code 2: a mistake in the configuration or the data, explained in one message. All codes: launch/README.md.

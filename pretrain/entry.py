@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pretrain import console, dist, hardware, loop, run_folder
+from pretrain import console, dist, hardware, loop, run_folder, threads
 from pretrain.checkpoint import load
 from pretrain.checkpoint.load import Weights, load_model
 from pretrain.checkpoint.manifest import Reader, step_folder
@@ -201,6 +201,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
         if plan.changes:
             print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
         write_run_folder(plan)
+    computes_with = threads.settle(folder, ranks, device)
     peak, peak_source = hardware.peak_flops(device, precision)
     trainer = build_engine(plan, precision, ranks, device)
     rejected: list[dict] = []
@@ -213,8 +214,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
         log.event("checkpoint_rejected", **facts)
     log.event(
         "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
-        zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, peak_source=peak_source,
-        peak_tflops=peak * ranks.world_size / 1e12, interface=os.environ.get(dist.INTERFACE),
+        zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, threads=computes_with,
+        peak_source=peak_source, peak_tflops=peak * ranks.world_size / 1e12, interface=os.environ.get(dist.INTERFACE),
     )  # fmt: skip
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)

@@ -15,7 +15,7 @@ FLOORS = (
     {"console"},
     {"cli", "network"},
     {"dist", "files", "hardware"},
-    {"config", "tokenizer"},
+    {"config", "threads", "tokenizer"},
     {"guard", "model", "optim", "report", "shards", "tuning"},
     {"stream"},
     {"engine", "examples", "inference"},

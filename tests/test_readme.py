@@ -127,7 +127,7 @@ def test_the_quickstart_learns_to_write_python(quickstart):
     folder = clone / "runs" / "quickstart"
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["val_bits_per_byte"] < result["gzip_bits_per_byte"] < result["unigram_bits_per_byte"]
-    for word in ("training on 2 ranks", "bits per byte", "tokens/s", "MFU", "report.html", "what to try next"):
+    for word in ("ranks: 2", "bits per byte", "tokens/s", "MFU", "report.html", "what to try next"):
         assert word in said
     text = (folder / "sample.txt").read_text()
     assert len(set(re.findall(r"\b(?:def|return|self|if|for|in|import|not|None|raise)\b", text))) >= 3, text

@@ -90,7 +90,9 @@ def _rate(teraflops: float) -> str:
 
 def _started(event: Event) -> str:
     place = f"step {event['step']:,}" + (f", from {event['checkpoint']}" if event.get("checkpoint") else "")
-    machine = f"{event['ranks']} x {event['device']}, {event['precision']}, ZeRO stage {event['zero_stage']}"
+    count = event.get("threads") if event["device"] == "cpu" else None
+    threads = f" of {count} thread{'s' * (count > 1)}" if count else ""
+    machine = f"{event['ranks']} x {event['device']}{threads}, {event['precision']}, ZeRO stage {event['zero_stage']}"
     return f"{place}; {machine}; peak {_rate(event['peak_tflops'])} ({event['peak_source']})"
 
 

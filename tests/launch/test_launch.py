@@ -280,7 +280,7 @@ def test_the_gpus_are_those_that_torch_can_use(tmp_path):
     env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
     line = ["bash", "-euc", f"source {ROOT}/launch/env.sh; echo $NPROC ${{DS_ACCELERATOR:-no}} ${{GLIBC_TUNABLES:-no}}"]
     on_cpu = "cpu glibc.malloc.hugetlb=1"
-    ranks = str(min(2, len(os.sched_getaffinity(0))))
+    ranks = str(numa_nodes())
     for said, more, expected in (
         ("3", {}, "3 no no"), ("0", {}, f"{ranks} {on_cpu}"), ("", {}, f"{ranks} {on_cpu}"),
         ("3", {"CUDA_VISIBLE_DEVICES": ""}, f"{ranks} {on_cpu}"),
@@ -289,11 +289,21 @@ def test_the_gpus_are_those_that_torch_can_use(tmp_path):
         assert done.stdout == f"{expected}\n", done.stderr
 
 
-def test_ranks_do_not_depend_on_the_threads_of_a_rank():
+def test_cores_are_shared_out_among_ranks_and_one_alone_tries_how_many_it_takes():
     """nproc itself obeys OMP_NUM_THREADS, which a script around the launcher may have set."""
-    cores = len(os.sched_getaffinity(0))
-    env = {key: value for key, value in os.environ.items() if key not in ("NPROC", "CUDA_VISIBLE_DEVICES")}
-    line = ["bash", "-c", f"source {ROOT}/launch/env.sh; echo $NPROC $OMP_NUM_THREADS"]
-    for threads, expected in (({}, str(max(1, cores // min(2, cores)))), ({"OMP_NUM_THREADS": "1"}, "1")):
-        said = subprocess.run(line, env={**env, **threads, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-        assert said.stdout.split() == [str(min(2, cores)), expected]
+    cores, others = len(os.sched_getaffinity(0)), ("NPROC", "NNODES", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    env = {key: value for key, value in os.environ.items() if key not in others}
+    line = ["bash", "-c", f"source {ROOT}/launch/env.sh; echo $NPROC ${{OMP_NUM_THREADS:-tried}}"]
+    shared = str(max(1, cores // 2))
+    for more, expected in (
+        ({}, [str(numa_nodes()), "tried" if numa_nodes() == 1 else str(cores // numa_nodes())]),
+        ({"NPROC": "1"}, ["1", "tried"]), ({"NPROC": "2"}, ["2", shared]),
+        ({"NPROC": "1", "NNODES": "2"}, ["1", str(cores)]), ({"OMP_NUM_THREADS": "3"}, [str(numa_nodes()), "3"]),
+    ):  # fmt: skip
+        said = subprocess.run(line, env={**env, **more, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+        assert said.stdout.split() == expected
+
+
+def numa_nodes() -> int:
+    nodes = list(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    return min(max(len(nodes), 1), len(os.sched_getaffinity(0)))

@@ -17,8 +17,10 @@ EXAMPLES = {"kind": "source", "examples": 1200, "tokens": 40000, "epochs": 3.0, 
 
 @pytest.mark.parametrize("event, words", [
     (START, "step 0; 2 x cpu, fp32, ZeRO stage 1; peak 2.5 TFLOP/s (measured fp32 matrix product)"),
+    (START | {"ranks": 1, "threads": 8},
+     "step 0; 1 x cpu of 8 threads, fp32, ZeRO stage 1; peak 2.5 TFLOP/s (measured fp32 matrix product)"),
     (START | {"kind": "resume", "step": 1200, "checkpoint": "step-000001200", "peak_tflops": 15824.0, "device": "cuda",
-              "peak_source": "NVIDIA H100, dense bf16 data sheet", "ranks": 16},
+              "peak_source": "NVIDIA H100, dense bf16 data sheet", "ranks": 16, "threads": 6},
      "step 1,200, from step-000001200; 16 x cuda, fp32, ZeRO stage 1; peak 15.8 PFLOP/s (NVIDIA H100, dense bf16 data "
      "sheet)"),
     ({"kind": "saved", "step": 100, "seconds": 0.6178, "megabytes": 28.81}, "step 100: 28.8 MB in 0.62 s"),

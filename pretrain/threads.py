@@ -1,0 +1,62 @@
+"""How many threads a rank computes with on a CPU."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from pretrain import dist, files
+
+SET = "OMP_NUM_THREADS"  # by the user, or by a launcher of several ranks
+TIMES = 5
+WORTH = 0.9  # fewer threads must take less than this share of the time: one that is busy elsewhere decides nothing
+
+
+def settle(folder: Path, ranks: dist.Ranks, device: torch.device) -> int:
+    """Threads of this rank from here on. Where nobody has said how many, and no other rank shares the machine: as many
+    as the run in `folder` had, so that it computes the same bits; or as are fastest here.
+    """
+    if device.type != "cpu" or os.environ.get(SET) or ranks.world_size > 1:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    recorded = _recorded(folder)
+    torch.set_num_threads(recorded if recorded and recorded <= cores else fastest(cores))
+    return torch.get_num_threads()
+
+
+def _recorded(folder: Path) -> int | None:
+    """Of the last start of the run there as one rank on a CPU."""
+    found = None
+    for event in files.read_lines(folder / "events.jsonl"):
+        if event.get("kind") in ("start", "resume") and event.get("device") == "cpu" and event.get("ranks") == 1:
+            found = event.get("threads")
+    return found if type(found) is int and found > 0 else None
+
+
+def fastest(cores: int) -> int:
+    """All `cores`, or the half, a quarter ... of them that computes faster: two hyperthreads of a core are not two
+    cores, and a container may see more of them than it has. About half a second.
+    """
+    counts = [cores >> power for power in range(cores.bit_length())]
+    seconds = dict.fromkeys(counts, float("inf"))
+    for _ in range(TIMES):
+        for count in counts:
+            torch.set_num_threads(count)
+            _work(rows=64)  # its threads start
+            start = time.perf_counter()
+            _work(rows=1024)
+            seconds[count] = min(seconds[count], time.perf_counter() - start)
+    best = cores
+    for count in counts:
+        if seconds[count] < WORTH * seconds[best]:
+            best = count
+    return best
+
+
+def _work(rows: int, width: int = 256) -> torch.Tensor:
+    """As in a small model's step: matrix products, and about as much time element by element."""
+    x, up, down = torch.ones(rows, width), torch.ones(width, 4 * width), torch.ones(4 * width, width)
+    for _ in range(2):
+        x = x + torch.softmax(torch.nn.functional.silu(x @ up), 1) @ down
+    return x

@@ -1,0 +1,70 @@
+"""How many threads a rank alone on a CPU takes."""
+
+import json
+
+import pytest
+import torch
+
+from pretrain import dist, threads
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    monkeypatch.delenv(threads.SET, raising=False)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(seconds of each number of threads): one that works that fast."""
+
+    def of(seconds: dict[int, float]) -> None:
+        now = [0.0]
+
+        def work(rows: int) -> None:
+            now[0] += seconds[torch.get_num_threads()]
+
+        monkeypatch.setattr(threads, "_work", work)
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+
+    return of
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    ({8: 1.0, 4: 2.0, 2: 4.0, 1: 8.0}, 8),
+    ({8: 1.0, 4: 0.8, 2: 1.5, 1: 3.0}, 4),  # hyperthreads that stand in each other's way
+    ({8: 1.0, 4: 0.95, 2: 1.5, 1: 3.0}, 8),  # as fast but for chance
+    ({8: 9.0, 4: 6.0, 2: 1.0, 1: 2.0}, 2),  # a container of two of eight cores
+    ({1: 1.0}, 1),
+    ({6: 1.0, 3: 0.7, 1: 2.0}, 3),
+])  # fmt: skip
+def test_the_fastest_number_of_threads_is_found(machine, seconds, expected):
+    machine(seconds)
+    assert threads.fastest(max(seconds)) == expected
+
+
+def test_a_run_keeps_its_threads_while_the_machine_has_them(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(threads, "fastest", lambda cores: tried.append(cores) or 1)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: range(4))
+    assert threads.settle(tmp_path, dist.ALONE, CPU) == 1 and tried == [4]
+    start = {"kind": "start", "device": "cpu", "ranks": 1, "threads": 3}
+    others = [{"ranks": 2, "threads": 2}, {"device": "cuda", "threads": 6}, {"kind": "saved", "threads": 2}]
+    events = [start | {"threads": 2}, start, *(start | other for other in others)]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    assert threads.settle(tmp_path, dist.ALONE, CPU) == torch.get_num_threads() == 3 and tried == [4]
+    (tmp_path / "events.jsonl").write_text(json.dumps(start | {"threads": 5}))
+    assert threads.settle(tmp_path, dist.ALONE, CPU) == 1 and tried == [4, 4]
+
+
+def test_what_is_said_stands_and_several_ranks_share_what_they_were_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "fastest", lambda cores: pytest.fail("tried"))
+    torch.set_num_threads(2)
+    assert threads.settle(tmp_path, dist.Ranks(0, 2, 0), CPU) == 2
+    assert threads.settle(tmp_path, dist.ALONE, torch.device("cuda")) == 2
+    monkeypatch.setenv(threads.SET, "2")
+    assert threads.settle(tmp_path, dist.ALONE, CPU) == torch.get_num_threads() == 2
