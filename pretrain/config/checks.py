@@ -39,7 +39,7 @@ CHOICES = {
     "model.pooling": ("first", "last", "mean", "pooler"),
     "model.lora_on": ("all", "attention"),
     "model.attention": ("sdpa", "plain"),
-    "model.init": ("scaled", "normal", "zero_residual", "xavier"),
+    "model.init": ("scaled", "normal", "zero_residual", "xavier", "fan_in"),
     "data.packing": ("window", "best_fit", "none"),
     "objective.name": ("causal_lm", "masked_lm"),
     "optim.name": tuple(READS["optim"]),
@@ -65,8 +65,8 @@ NOT_NEGATIVE = (
     "train.eval_samples", "model.vocab_size", "model.kv_heads", "model.head_width", "model.ffn_width",
     "model.rope_original_positions", "model.sliding_window", "model.global_every", "model.local_rope_theta",
     "model.segments", "model.labels", "model.lora_rank", "model.logit_softcap", "objective.z_loss",
-    "optim.weight_decay", "optim.grad_clip", "schedule.warmup_steps", "log.sample_tokens", "task.stride",
-    "task.generate_samples", "tuning.early_stopping",
+    "optim.weight_decay", "optim.grad_clip", "optim.base_width", "schedule.warmup_steps", "log.sample_tokens",
+    "task.stride", "task.generate_samples", "tuning.early_stopping",
 )  # fmt: skip
 FRACTIONS = (
     "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "optim.momentum", "schedule.min_lr_ratio",
@@ -91,6 +91,11 @@ def check(config: Config) -> None:
         raise ValueError(
             f"optim.embedding_lr_scale={config.optim.embedding_lr_scale}: the embeddings of this model are its output "
             "matrix too, which would have that rate: drop it, or take model.tied_embeddings=false"
+        )
+    if config.optim.base_width and config.model.tied_embeddings:
+        raise ValueError(
+            f"optim.base_width={config.optim.base_width}: the output matrix of this model is its embeddings, and no "
+            "rate fits both: take model.tied_embeddings=false"
         )
     longest = max(phase.seq_len for phase in phases(config.train))
     if longest > config.model.max_positions:

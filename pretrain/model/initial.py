@@ -24,6 +24,8 @@ def fill_initial(
       GPT-2, 2019).
     - `zero_residual`: `init_std`, and 0 for those: each block begins as the identity (Goyal et al., 2017, section 5.1;
       Zhang et al., Fixup, 2019).
+    - `fan_in`: as `zero_residual`, but matrices of the blocks 1/sqrt(inputs) and the output matrix 0, so that what they
+      make is as large at every width (Yang et al., "Tensor Programs V", 2022).
     - `xavier`: sqrt(2 / (inputs + outputs)) (Glorot and Bengio, 2010), tables 1/sqrt(width), so that embeddings times
       sqrt(width) have variance 1 (Vaswani et al., 2017).
 
@@ -53,7 +55,10 @@ def fill_initial(
 def _std(owner: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     if config.init == "xavier":
         return config.width**-0.5 if owner.endswith(TABLES) else math.sqrt(2 / sum(shape))
-    if not owner.endswith((".attention.out", ".ffn.down")):
+    writes = owner.endswith((".attention.out", ".ffn.down"))
+    if config.init == "fan_in" and not owner.endswith(TABLES):
+        return 0.0 if writes or owner == "head" else shape[1] ** -0.5
+    if not writes:
         return config.init_std
     factors = {"normal": 1.0, "scaled": 1 / math.sqrt(2 * config.layers), "zero_residual": 0.0}
     return config.init_std * factors[config.init]

@@ -9,6 +9,8 @@ from pretrain.config.schema import OptimConfig
 from pretrain.optim.muon import Orthogonalizer
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
+EMBEDDING = "trunk.embedding.weight"
+TABLES = (EMBEDDING, "positions.weight", "segments.weight")
 # The tensors that an algorithm keeps for a parameter, all of the parameter's size, besides its step count.
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 
@@ -30,21 +32,39 @@ def parameter_groups(config: OptimConfig, named: Named, lr_scale: Callable[[str]
     """Of those that learn, matrices decay; vectors (norms, biases) and position tables do not. `lr_scale` of each
     group multiplies the learning rate; `algorithm` is a key of `STATE_KINDS`.
     """
-    groups: dict[tuple[str, bool, float], list] = {}
-    for name, parameter in named:
-        if not parameter.requires_grad:
+    groups: dict[tuple[str, float, float], list] = {}
+    parameters = dict(named)
+    shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
+    ratio = config.base_width / shapes[EMBEDDING][1] if config.base_width else 1.0
+    for name, shape in shapes.items():
+        if not parameters[name].requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the tensor and keeps its shape here
         decays, algorithm = len(shape) >= 2 and "positions" not in name, algorithm_of(config.name, name, shape)
         scale = lr_scale(name) * (config.adamw_lr_scale if algorithm != config.name else 1.0)
-        if name == "trunk.embedding.weight":
+        if name == EMBEDDING:
             scale *= config.embedding_lr_scale
-        groups.setdefault((algorithm, not decays, scale), []).append(parameter)
+        by_width = of_width(ratio, name, shape, algorithm)
+        decay = config.weight_decay / by_width if decays else 0.0  # what a step takes away is the same at every width
+        groups.setdefault((algorithm, -decay, scale * by_width), []).append(parameters[name])
     return [
-        {"params": groups[key], "algorithm": key[0], "weight_decay": 0.0 if key[1] else config.weight_decay,
-         "lr_scale": key[2]}
+        {"params": groups[key], "algorithm": key[0], "weight_decay": abs(key[1]), "lr_scale": key[2]}
         for key in sorted(groups)
-    ]  # fmt: skip
+    ]
+
+
+def of_width(ratio: float, name: str, shape: tuple[int, ...], algorithm: str) -> float:
+    """What the learning rate of a matrix is multiplied by where a width times `ratio` is the one it was found at, so
+    that outputs change as much by a step. As many inputs more add up all the updates of AdamW, which go the same way
+    (Yang et al., "Tensor Programs V", 2022, table 8), and the root of it those of Muon, which are orthogonal. Tables
+    and vectors, whose inputs do not become more, are left alone.
+    """
+    if len(shape) < 2 or name.endswith(TABLES):
+        return 1.0
+    return ratio**0.5 if algorithm == "muon" else ratio
+
+
+def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the tensor and keeps its shape here
 
 
 def _adamw(groups: list[dict], config: OptimConfig) -> Optimizer:

@@ -279,6 +279,11 @@ def test_initial_values_depend_on_seed_and_name_alone():
         other = model_config(f"model.init={init}")
         assert initial_value(name.replace("q.", "out."), shape, other, 0).std() == pytest.approx(residual, rel=0.05)
     assert initial_value("trunk.embedding.weight", (97, 64), other, 0).std() == pytest.approx(1 / 8, rel=0.05)
+    by_inputs = model_config("model.init=fan_in")
+    for part, wide, std in (("attention.q", (64, 256), 1 / 16), ("ffn.down", (64, 256), 0.0)):
+        assert initial_value(f"trunk.blocks.0.{part}.weight", wide, by_inputs, 0).std() == pytest.approx(std, rel=0.05)
+    assert initial_value("trunk.embedding.weight", (97, 64), by_inputs, 0).std() == pytest.approx(0.02, rel=0.05)
+    assert not initial_value("head.weight", (97, 64), by_inputs, 0).any()
     assert torch.equal(initial_value("trunk.norm.weight", (5,), cfg, 0), torch.ones(5))
     assert torch.equal(initial_value("trunk.blocks.0.ffn.up.bias", (5,), cfg, 0), torch.zeros(5))
 

@@ -35,6 +35,26 @@ def test_each_part_has_its_learning_rate():
     assert scales["trunk.blocks.1.ffn_norm.weight"] == 0.05
 
 
+def test_rates_follow_the_width_of_what_they_were_found_at():
+    """AdamW's by the ratio, Muon's by its root; tables and vectors not. What decays takes away as much as before."""
+    found = {}
+    for name, base in (("adamw", 0), ("adamw", 12), ("muon", 12)):
+        overrides = ["run.name=x", f"optim={name}", f"optim.base_width={base}", "model=gpt2_124m", "model.layers=1",
+                     "model.width=48", "model.vocab_size=32", "model.tied_embeddings=false"]  # fmt: skip
+        cfg = compose.compose("pretrain", overrides)
+        model = LanguageModel(cfg.model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in optimizers.build(cfg.optim, model.named_parameters()).param_groups:
+            assert group["weight_decay"] * group["lr_scale"] in (0, pytest.approx(cfg.optim.weight_decay))
+            found |= {(name, base, names[id(p)]): group["lr_scale"] for p in group["params"]}
+    for (name, base, parameter), scale in found.items():
+        is_table = parameter.endswith(("embedding.weight", "positions.weight"))
+        if not base or is_table or "norm" in parameter or parameter.endswith("bias"):
+            assert scale == 1, parameter
+        else:
+            assert scale == (1 / 2 if name == "muon" and parameter != "head.weight" else 1 / 4), parameter
+
+
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_state_made_early_changes_nothing(name):
     """Steps are the same whether the state was made by us before the first one or by the optimizer at it."""
