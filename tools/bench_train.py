@@ -47,7 +47,8 @@ EPILOG = """
 contestants, each in processes of its own, which take turns and never run at the same time:
   pretrain      the training program, once for each of --ranks, with the threads that its launchers give a rank
   bare          the same model, data, precision and micro-batches in a loop written by hand: fp32 weights, gradients
-                added up in fp32, clipping, fused AdamW; one process. Its losses show that the terms are the same
+                added up in fp32, clipping, fused AdamW, torch's Muon with optim=muon; one process. Its losses show that the
+                terms are the same
   floor         all matrix products of a step, alone, at their own shapes and in their own precision
   trainer       transformers' Trainer with the architecture that computes the same, in bf16 where the run is
   nanogpt       nanoGPT's loop in fp32, as it comes, with as many layers and heads, as wide; nanogpt-bf16: in autocast

@@ -38,7 +38,8 @@ def bare(gate: Callable, config: Config, batches: Batches, dtype: torch.dtype) -
 
 class BareLoop:
     """Mixed-precision training as one writes it by hand: fp32 weights beside those that the model computes with,
-    gradients of micro-batches added up in fp32, clipping, fused AdamW. It stays as it is: others are measured by it.
+    gradients of micro-batches added up in fp32, clipping, fused AdamW, and torch's Muon where the run has it. It stays
+    as it is: others are measured by it.
     """
 
     def __init__(self, model: nn.Module, losses: Callable, config: OptimConfig):
@@ -50,11 +51,21 @@ class BareLoop:
             self.masters = {name: torch.empty_like(w, dtype=torch.float32) for name, w in self.weights.items()}
             for master in self.masters.values():
                 master.requires_grad_().grad = torch.zeros_like(master)
-        decaying = {name: master.dim() >= 2 and "positions" not in name for name, master in self.masters.items()}
-        groups = [{"params": [master for name, master in self.masters.items() if decaying[name] == decays],
-                   "weight_decay": config.weight_decay * decays} for decays in (True, False)]  # fmt: skip
+        matrices, groups = [], []
+        for name, master in self.masters.items():
+            if config.name == "muon" and master.dim() == 2 and name.startswith("trunk.blocks."):
+                matrices.append(master)
+                continue
+            decays = master.dim() >= 2 and "positions" not in name
+            scale = config.adamw_lr_scale if config.name == "muon" else 1.0
+            scale *= config.embedding_lr_scale if name == "trunk.embedding.weight" else 1.0
+            groups.append({"params": [master], "weight_decay": config.weight_decay * decays, "scale": scale})
         betas = (config.beta1, config.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        self.optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)]
+        if matrices:
+            muon = torch.optim.Muon([{"params": matrices, "scale": 1.0}], config.lr, config.weight_decay,
+                                    config.momentum, adjust_lr_fn="match_rms_adamw")  # fmt: skip
+            self.optimizers.append(muon)
 
     @torch.no_grad()
     def fill(self, config: ModelConfig, seed: int) -> None:
@@ -88,9 +99,10 @@ class BareLoop:
     def update(self, lr: float) -> None:
         if self.clip:
             nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            optimizer.step()
         for name, weight in self.weights.items():
             if self.is_mixed:
                 weight.copy_(self.masters[name])
@@ -99,7 +111,7 @@ class BareLoop:
     def watches(self) -> Iterator[tuple]:
         yield from ((self, name, name) for name in ("forward", "backward"))
         yield self, "update", "optimizer: norm, clipping, copies"
-        yield self.optimizer, "step", "optimizer: update"
+        yield from ((optimizer, "step", "optimizer: update") for optimizer in self.optimizers)
 
 
 def batches(config: Config, rows: int) -> Batches:
