@@ -12,9 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.config import compose
+from pretrain.model.heads import build_model
+from pretrain.model.initial import fill_initial
+from pretrain.model.losses import loss_rows
 from pretrain.model.transformer import flops_per_token
+from pretrain.optim import optimizers
 from tests import forked
 from tests.forked import ROOT, program
 from tools import bench_train, bench_train_others, bench_train_pieces
@@ -71,6 +76,30 @@ def test_the_bare_loop_trains_the_same(ran):
     """Its losses are those of the program's journal: the same values, batches, clipping and optimizer."""
     (found,) = json.loads(ran[1].read_text())["losses"]
     assert found["name"] == OURS and found["steps"] >= 5 and found["largest"] <= 1e-5
+
+
+def test_the_bare_loop_steps_by_muon_where_the_run_does():
+    overrides = [*SMALL, "run.name=x", "model.tied_embeddings=false", "optim=muon", "optim.adamw_lr_scale=0.5",
+                 "optim.embedding_lr_scale=4"]  # fmt: skip
+    cfg = compose.compose("pretrain", overrides)
+    generator = torch.Generator().manual_seed(0)
+    parts = [{name: torch.randint(0, 512, (2, 32), generator=generator) for name in ("inputs", "labels")}] * 6
+    loop = bench_train_others.BareLoop(build_model(cfg.model), loss_rows, cfg.optim)
+    loop.fill(cfg.model, 0)
+    model = build_model(cfg.model)
+    for name, parameter in model.named_parameters():
+        fill_initial(parameter.data.view(-1), 0, name, tuple(parameter.shape), cfg.model, 0)
+    optimizer = optimizers.build(cfg.optim, model.named_parameters())
+    for part in parts:
+        rows = loss_rows(model, **part).sum() / 64
+        optimizer.zero_grad()
+        rows.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.optim.lr * group["lr_scale"]
+        optimizer.step()
+        assert loop.step([part], cfg.optim.lr) == pytest.approx(rows.item(), abs=5e-3)  # torch's is in bf16
+    assert rows.item() < 5, "it learns"
 
 
 def test_the_profile_adds_up_and_names_nearly_all(ran):
