@@ -9,8 +9,9 @@ import torch
 from pretrain import dist, files
 
 SET = "OMP_NUM_THREADS"  # by the user, or by a launcher of several ranks
-TIMES = 5
-WORTH = 0.9  # fewer threads must take less than this share of the time: one that is busy elsewhere decides nothing
+TIMES, PATIENCE = 5, 5.0  # a number of threads is tried so often; seconds until others leave the cores to it
+OWN = 0.8  # the share of its cores' time that a trial has, or others took them
+WORTH = 0.9  # fewer threads must take less than this share of the time
 
 
 def settle(folder: Path, ranks: dist.Ranks, device: torch.device) -> int:
@@ -36,17 +37,22 @@ def _recorded(folder: Path) -> int | None:
 
 def fastest(cores: int) -> int:
     """All `cores`, or the half, a quarter ... of them that computes faster: two hyperthreads of a core are not two
-    cores, and a container may see more of them than it has. About half a second.
+    cores, and a container may see more of them than it has. Below a second on a machine that does nothing else; threads
+    that wait for one whose core is taken are slow, so a trial that others disturb is repeated for some seconds.
     """
     counts = [cores >> power for power in range(cores.bit_length())]
-    seconds = dict.fromkeys(counts, float("inf"))
-    for _ in range(TIMES):
+    seconds, rounds, deadline = dict.fromkeys(counts, float("inf")), 0, time.perf_counter() + PATIENCE
+    is_disturbed = True
+    while rounds < TIMES or (is_disturbed and time.perf_counter() < deadline):
+        rounds, is_disturbed = rounds + 1, False
         for count in counts:
             torch.set_num_threads(count)
             _work(rows=64)  # its threads start
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), time.process_time()
             _work(rows=1024)
-            seconds[count] = min(seconds[count], time.perf_counter() - start)
+            took, computed = time.perf_counter() - start, time.process_time() - computed
+            seconds[count] = min(seconds[count], took)
+            is_disturbed |= computed < OWN * count * took
     best = cores
     for count in counts:
         if seconds[count] < WORTH * seconds[best]:

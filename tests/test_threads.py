@@ -22,14 +22,18 @@ def as_before(monkeypatch):
 def machine(monkeypatch):
     """machine(seconds of each number of threads): one that works that fast."""
 
-    def of(seconds: dict[int, float]) -> None:
-        now = [0.0]
+    def of(seconds: dict[int, float], busy_until: float = 0.0) -> None:
+        now, computed = [0.0], [0.0]
 
         def work(rows: int) -> None:
-            now[0] += seconds[torch.get_num_threads()]
+            count = torch.get_num_threads()
+            is_shared = count == max(seconds) and now[0] < busy_until
+            now[0] += seconds[count] * (5 if is_shared else 1)
+            computed[0] += seconds[count] * count * (2 if is_shared else 1)
 
         monkeypatch.setattr(threads, "_work", work)
         monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(threads.time, "process_time", lambda: computed[0])
 
     return of
 
@@ -45,6 +49,12 @@ def machine(monkeypatch):
 def test_the_fastest_number_of_threads_is_found(machine, seconds, expected):
     machine(seconds)
     assert threads.fastest(max(seconds)) == expected
+
+
+@pytest.mark.parametrize("busy_until, expected", [(0.5, 2), (4.0, 2), (1000.0, 1)])
+def test_who_takes_a_core_for_a_moment_decides_nothing(machine, busy_until, expected):
+    machine({2: 0.01, 1: 0.02}, busy_until)
+    assert threads.fastest(2) == expected
 
 
 def test_a_run_keeps_its_threads_while_the_machine_has_them(tmp_path, monkeypatch):
