@@ -187,13 +187,22 @@ def _parts(
             logits.div_(asked.softcap).tanh_().mul_(asked.softcap)
         targets = labels.clamp(min=0)[:, None]
         torch.softmax(logits, 1, out=probabilities)
-        # The likeliest token has the share 1 / sum(e^(logit - largest logit)), which never vanishes.
-        normalisers = logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
+        normalisers = _normalisers(logits, probabilities, targets)
         losses = normalisers - logits.gather(1, targets)
         if asked.z_loss:
             losses += asked.z_loss * normalisers.square()
         losses = torch.where(labels == IGNORED, 0.0, losses[:, 0])
         yield part, _Soft(logits, probabilities, targets, normalisers, losses)
+
+
+def _normalisers(logits: torch.Tensor, probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log(sum(e^logit)) [n, 1]: a token's logit, less the log of its share. The label's share is at hand, but may vanish;
+    that of the likeliest token does not, and takes two passes. (To ask which it is would wait for a GPU.)
+    """
+    shares = probabilities.gather(1, targets)
+    if shares.device.type == "cpu" and (shares > torch.finfo(shares.dtype).tiny).all():
+        return logits.gather(1, targets) - shares.log()
+    return logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
 
 
 def _gradient(soft: _Soft, scales_n1: torch.Tensor, asked: Asked) -> torch.Tensor:
