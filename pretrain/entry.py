@@ -106,6 +106,7 @@ def check_device(plan: Plan, ranks: dist.Ranks, device: torch.device) -> str:
     precision, stage = hardware.resolve_precision(cfg.train.precision, device), cfg.deepspeed.stage
     for phase in phases(cfg.train):
         check_stage(stage, precision, accumulation_steps(at_step(cfg.train, phase.from_step), ranks.world_size))
+    plan.compiles(device)  # or a refusal
     if device.type == "cuda":
         sizes, bucket = memory.counts(plan.model, cfg.optim.name, plan.trainable), bucket_of(cfg.deepspeed)
         memory.check_fits(sizes, stage, ranks.world_size, precision, hardware.memory_of(device), bucket)
@@ -216,6 +217,7 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
         "resume" if found else "start", step=start_step, checkpoint=found and found.name, ranks=ranks.world_size,
         zero_stage=cfg.deepspeed.stage, precision=precision, device=device.type, threads=computes_with,
         peak_source=peak_source, peak_tflops=peak * ranks.world_size / 1e12, interface=os.environ.get(dist.INTERFACE),
+        compile="blocks" if trainer.compiles else "none",
     )  # fmt: skip
     tell_contents(plan, log, is_new=not found)
     best = best_so_far(plan, ranks)
@@ -310,7 +312,8 @@ def build_engine(plan: Plan, precision: str, ranks: dist.Ranks, device: torch.de
             parameter.requires_grad_(parameter.requires_grad and plan.trainable(name))
         return model
 
-    return Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale)
+    compiles = plan.compiles(device)
+    return Engine(build, plan.loss_rows, settings, cfg.optim, ranks, device, plan.lr_scale, compiles)
 
 
 def start_from(found: Reader | None, trainer: Engine, plan: Plan) -> int:

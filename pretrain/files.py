@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +183,13 @@ def check_room(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size * 1.02 + 2**20:
         raise OSError(f"{folder} has {free / 1e9:.2f} GB free, {what} needs {size / 1e9:.2f} GB")
+
+
+def private_folder(folder: Path) -> Path:
+    """A folder that nobody else may read or write in, made where there is none. `ValueError` for somebody else's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise ValueError(f"{folder} is not a folder of this user's own")
+    folder.chmod(0o700)
+    return folder

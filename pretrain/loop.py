@@ -1,6 +1,7 @@
 """The training loop, shared by every entry: next batch -> step -> guard -> evaluate -> log -> save -> stop."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pretrain.checkpoint.save import Checkpoints
 from pretrain.config.schema import Config, TrainConfig
 from pretrain.config.steps import at_step
 from pretrain.dist import Ranks, all_gather_objects, all_reduce_sum, expect_steps
+from pretrain.engine import compiling
 from pretrain.engine.engine import Engine, MicroBatch, Step
 from pretrain.evaluation.validation import Best, Evaluation
 from pretrain.examples.stream import ExampleRows, ExampleStream
@@ -57,6 +59,7 @@ def train_loop(
     step, stopped = start_step, (best.is_over if best else None) or guard.agreed_now()
     skipped = step - engine.layout.optimizer_steps if engine.loss_scale else 0
     batch = next(batches) if step < train.steps and not stopped else NO_BATCH
+    compile_blocks(config, engine, data, batch, log, ranks)
     targets = all_reduce_sum(torch.tensor(batch.targets, dtype=torch.float64)).to(engine.device)
     while step < train.steps and not stopped:
         started, now, seed = time.perf_counter(), batch, hash_key(config.seed, step)
@@ -176,6 +179,30 @@ class Batch:
 
 
 NO_BATCH = Batch([], 0, [0.0] * HASH_SUMS, 0)
+
+
+def compile_blocks(config: Config, engine: Engine, data: Data, batch: Batch, log: Log, ranks: Ranks) -> None:
+    """Where that is chosen, compile the model's blocks before the first step; an event says how long it took, or why
+    they stay plain.
+    """
+    if not engine.compiles or batch is NO_BATCH:
+        return
+
+    def tell(problem: str) -> None:
+        log.event("not_compiled", problem=problem)
+        if not ranks.is_main:
+            print(f"note: not compiled on rank {ranks.rank}: {problem}", file=sys.stderr, flush=True)
+
+    log.say(f"{config.run.name}: compiling the blocks of the model")
+    started, varies = time.perf_counter(), config.task is not None  # examples are padded to the longest of a few
+    if varies:  # how a graph rounds may depend on what it is first shown: the same after a resume
+        mine = np.arange(ranks.rank, config.train.global_batch_size, ranks.world_size)
+        batch = next(prepared((rows for rows in [data.stream.rows(mine)]), data.collate, config.train, 0))
+    micro_batches = [on_device(part, engine.device) for part in batch.parts()]
+    if problem := compiling.compile_blocks(engine, micro_batches, varies, tell):
+        log.event("not_compiled", problem=problem)
+    else:
+        log.event("compiled", seconds=time.perf_counter() - started)
 
 
 def ahead(batches: Iterator[Batch]) -> Batch:

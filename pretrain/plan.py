@@ -13,6 +13,7 @@ from pretrain.checkpoint.manifest import committed
 from pretrain.config.held_out import told_of_trained_on
 from pretrain.config.schema import Config, ModelConfig, flatten
 from pretrain.dist import all_gather_objects
+from pretrain.engine import compiling, memory
 from pretrain.engine.engine import LossRows
 from pretrain.evaluation.validation import Evaluation
 from pretrain.examples.stream import ExampleStream
@@ -48,6 +49,11 @@ class Plan:
     lr_scale: Callable[[str], float] = lambda name: 1.0
     best_metric: str | None = None
     trains_on_held_out: tuple[str, ...] = ()  # of data.val, the sets that are the training data, or one of its sources
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the model's blocks are to be compiled; `ValueError` where that would fail."""
+        cfg, sizes = self.config, memory.counts(self.model, self.config.optim.name, self.trainable)
+        return compiling.is_chosen(cfg.train.compile, device, cfg.deepspeed.stage, sizes.trained == sizes.parameters)
 
 
 def notes(plan: Plan, device: torch.device | None = None, precision: str = "") -> list[str]:

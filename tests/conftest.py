@@ -111,9 +111,10 @@ def train(shards, environment, tmp_path_factory):
     """Run the trainer to its end; returns the completed process."""
     root = tmp_path_factory.mktemp("runs")
 
-    def run(ranks: int, *overrides: str, data=shards, check=True) -> subprocess.CompletedProcess:
+    def run(ranks: int, *overrides: str, data=shards, check=True, **env: str) -> subprocess.CompletedProcess:
         line = command(ranks, f"run.root={root}", f"data.train={data}", f"data.val={data}", *overrides)
-        return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, timeout=600)
+        env = environment | env
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=check, timeout=600)
 
     run.root = root
     run.shards = shards

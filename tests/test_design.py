@@ -70,6 +70,7 @@ INSIDE = {
     },
     "engine": {
         "fragments": set(), "settings": set(), "memory": {"settings"}, "engine": {"fragments"},
+        "compiling": {"engine"},
     },
     "checkpoint": {
         "sections": set(), "tensors": {"sections"}, "placement": {"tensors"}, "staging": {"placement", "tensors"},

@@ -98,3 +98,17 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert files.take(tmp_path / "lock") is None
     assert f"note: {tmp_path} is on a disk without locks" in capsys.readouterr().err
+
+
+def test_a_private_folder_is_this_users_alone(tmp_path):
+    folder = tmp_path / "a/b"
+    assert files.private_folder(folder) == folder and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    assert stat.S_IMODE(files.private_folder(folder).stat().st_mode) == 0o700
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="link is not a folder of this user's own"):
+        files.private_folder(tmp_path / "link")
+    if os.geteuid() == 0:
+        os.chown(folder, 1234, -1)
+        with pytest.raises(ValueError, match="is not a folder of this user's own"):
+            files.private_folder(folder)

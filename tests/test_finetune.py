@@ -62,6 +62,7 @@ MORE = {
     "masked": ("objective=masked_lm",),
     "lora": ("tuning=lora", "tuning.lora_rank=2"),
 }
+COMPILED = {"embedding": ("train.compile=blocks",)}  # on 1 rank
 STEPS = {  # name: overrides of a run of which one step is taken
     "full": ("tuning.layer_lr_decay=0.5",),
     "head": ("tuning=head",),
@@ -113,7 +114,8 @@ def runs(models, examples, worker, tmp_path_factory):
             line(f"{case}-resumed", case, "train.steps=8", *saving),
             line(f"{case}-plain", case, "train.steps=3", "model.dropout=0"),
         ]
-        one.append(line(f"{case}-alone", case, "train.steps=3", "model.dropout=0", "train.micro_batch_size=8"))
+        alone = ("train.steps=3", "model.dropout=0", "train.micro_batch_size=8", *COMPILED.get(case, ()))
+        one.append(line(f"{case}-alone", case, *alone))
     sets = examples["classification"]
     judged = (f"data.val=[own={sets}/val.jsonl,other={sets}/train.jsonl]", "tuning.best=val_other/loss")
     several = [line("several", "classification", f"train.steps={steps}", *saving, *judged) for steps in (4, 8)]
@@ -160,7 +162,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_learns_what_two_learn(runs, case):
-    """Also the embedding, whose loss is between all pairs of the global batch."""
+    """Also the embedding, whose loss is between all pairs of the global batch, with compiled blocks on one."""
+    assert bool(events(runs / f"{case}-alone", "compiled")) == (case in COMPILED)
     two, one = journal(runs / f"{case}-plain"), journal(runs / f"{case}-alone")
     assert [row["batch_hash"] for row in one] == [row["batch_hash"] for row in two]
     for name in ("loss", "grad_norm"):

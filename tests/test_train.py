@@ -113,19 +113,56 @@ def test_a_finished_run_says_so_and_is_left_alone(train, undisturbed):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_bf16_and_activation_checkpointing_train_and_resume_bitwise(train, undisturbed, stage):
-    kind = {1: "true", 3: "ffn"}[stage]
-    overrides = ("train.precision=bf16", f"train.activation_checkpointing={kind}", f"deepspeed=zero{stage}")
-    done = train(2, f"run.name=bf16-{stage}", *overrides, "train.steps=8")
+def test_bf16_and_activation_checkpointing_train_and_resume_bitwise(train, undisturbed, stage, tmp_path):
+    """And compiled blocks, at stage 3, out of a folder of this user's own."""
+    kind = {1: "true", 3: "ffn train.compile=blocks"}[stage]
+    overrides = ("train.precision=bf16", *f"train.activation_checkpointing={kind}".split(), f"deepspeed=zero{stage}")
+    done = train(2, f"run.name=bf16-{stage}", *overrides, "train.steps=8", HOME=str(tmp_path))
     said = done.stdout.splitlines()
     assert not [line for line in said if line.startswith(("MA ", "CPU Virtual", "begin "))], "DeepSpeed is quiet"
     bf16, reference = journal(train.root / f"bf16-{stage}"), journal(undisturbed)[:8]
     assert [row["loss"] for row in bf16] == pytest.approx([row["loss"] for row in reference], rel=0.02)
     assert [row["batch_hash"] for row in bf16] == [row["batch_hash"] for row in reference]
     for steps in (3, 8):
-        train(2, f"run.name=bf16-{stage}-resumed", *overrides, f"train.steps={steps}", "train.eval_every=8")
+        train(
+            2,
+            f"run.name=bf16-{stage}-resumed",
+            *overrides,
+            f"train.steps={steps}",
+            "train.eval_every=8",
+            HOME=str(tmp_path),
+        )
     resumed = exact(journal(train.root / f"bf16-{stage}-resumed"))
     assert [row[:6] for row in resumed] == [row[:6] for row in exact(bf16)]
+    compiled = events(train.root / f"bf16-{stage}", "compiled")
+    assert len(compiled) == (stage == 3) and events(train.root / f"bf16-{stage}")[0]["compile"] == (
+        "blocks" if stage == 3 else "none"
+    )
+    if compiled:
+        assert "compiling the blocks of the model" in done.stdout
+        assert any((tmp_path / ".cache/pretrain/inductor").rglob("*.so")), "what was compiled"
+
+
+WITHOUT_A_COMPILER = """
+import torch._inductor.config
+from pretrain import entry, train
+torch._inductor.config.cpp.cxx = (None, "/bin/false")  # what CXX says, read when it was imported
+entry.main("pretrain", train.make_plan)
+"""
+
+
+def test_blocks_that_cannot_be_compiled_stay_plain_and_one_event_says_why(train, environment, undisturbed, tmp_path):
+    where = (f"run.root={train.root}", f"data.train={train.shards}", f"data.val={train.shards}", "run.name=uncompiled")
+    line = command(2, *where, "deepspeed=zero1", "train.compile=blocks", "train.steps=3", "train.eval_every=8")
+    at = line.index("pretrain.train")
+    line[at - 1 : at + 1] = "-c", WITHOUT_A_COMPILER
+    env = environment | {"HOME": str(tmp_path)}
+    done = subprocess.run(line, env=env, check=True, capture_output=True, text=True, timeout=600)
+    (told,) = events(train.root / "uncompiled", "not_compiled")
+    assert "/bin/false" in told["problem"] and "install g++" in told["problem"] and "\n" not in told["problem"]
+    assert done.stdout.count("not_compiled: the blocks of the model: ") == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert exact(journal(train.root / "uncompiled"))[:2] == exact(journal(undisturbed))[:2]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words_and_harms_no_checkpoint(train):

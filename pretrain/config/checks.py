@@ -30,6 +30,7 @@ CHOICES = {
     "resume": ("auto", "never"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.activation_checkpointing": ("none", "ffn", "full"),
+    "train.compile": ("auto", "blocks", "none"),
     "model.positions": ("rope", "learned", "sinusoidal", "none"),
     "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
     "model.norm": ("rmsnorm", "layernorm"),

@@ -13,6 +13,7 @@ from pretrain.config.schema import OptimConfig
 from pretrain.dist import HostCopy, LateSum, Ranks
 from pretrain.engine.fragments import Whole, layout_of
 from pretrain.hardware import DTYPES
+from pretrain.model.transformer import Block
 from pretrain.optim import optimizers
 from pretrain.stream.order import hash_key
 
@@ -57,14 +58,14 @@ class Engine:
     def __init__(
         self, build_model: Callable[[], torch.nn.Module], loss_rows: LossRows, settings: dict,
         optim_config: OptimConfig, ranks: Ranks, device: torch.device,
-        lr_scale: Callable[[str], float] = lambda name: 1.0,
+        lr_scale: Callable[[str], float] = lambda name: 1.0, compiles: bool = False,
     ):  # fmt: skip
         """`settings` is `deepspeed_config(...)`; `loss_rows(model, **micro_batch)` gives each row's summed loss.
 
         Parameters without `requires_grad` do not learn; `lr_scale(name)` multiplies the learning rate of the others. A
         `loss_rows.across(run, micro_batches)`, where there is one, is called first, for losses between the rows of the
         whole batch: it gives the micro-batches to use, and `run(number, function)` computes `function(model,
-        **micro_batches[number])` without gradients.
+        **micro_batches[number])` without gradients. `compiles`: the blocks are to be compiled (`compiling`).
         """
         torch.set_flush_denormal(True)  # moments that fade away pass through numbers that a CPU is slow with
         deepspeed_logger.setLevel("ERROR")
@@ -77,6 +78,9 @@ class Engine:
         self.world_size, self.rank, self.device, self.loss_rows = ranks.world_size, ranks.rank, device, loss_rows
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else placed(device, settings):
             model = build_model()
+        self.compiles = compiles
+        if compiles and self.stage == 3:  # a block's weights are gathered before it, and not by hooks within it
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         stepped_by = optimizers.build(optim_config, model.named_parameters(), lr_scale)
         self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=stepped_by, config=settings)
         self.parameters = dict(self.engine.module.named_parameters())
@@ -113,20 +117,13 @@ class Engine:
         targets = torch.as_tensor(targets, dtype=torch.float64, device=self.device).clamp(min=1)
         for group in self.layout.torch_optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.engine.train()
-
-        def forward(number: int, function: Callable[..., torch.Tensor]) -> torch.Tensor:
-            torch.manual_seed(hash_key(seed, self.rank, number) >> 1)
-            return function(self.engine, **micro_batches[number])
-
-        if across := getattr(self.loss_rows, "across", None):
-            micro_batches = across(torch.no_grad()(forward), micro_batches)
+        micro_batches, forward = self._begin(micro_batches, seed)
         sums = torch.tensor([0.0, *tallies], dtype=torch.float64).to(self.device, non_blocking=True)
         scale, norm = self.world_size / targets, None
         for index in range(len(micro_batches)):
             is_last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed would count to a fixed number
-            loss_sum = forward(index, self.loss_rows).sum()
+            loss_sum = forward(index).sum()
             sums[0] += loss_sum.detach()
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             if is_last and type(self.layout) is Whole:  # here DeepSpeed tells none
@@ -140,6 +137,25 @@ class Engine:
         # At the least scale an overflow is none of the scale: it is for the guard.
         skipped = self._scaler is not None and self._scaler.cur_scale > 1 and self.layout.optimizer.overflow
         return Step(late, norm, skipped)
+
+    def rehearse(self, micro_batches: list[MicroBatch]) -> None:
+        """The first forward pass of a step. Nothing of it stays but what is made at first use."""
+        _, forward = self._begin(micro_batches, 0)
+        forward(0)
+
+    def _begin(
+        self, micro_batches: list[MicroBatch], seed: int
+    ) -> tuple[list[MicroBatch], Callable[[int], torch.Tensor]]:
+        """The micro-batches to use, and the losses of the rows of one by its number, with a graph."""
+        self.engine.train()
+
+        def forward(number: int, function: Callable[..., torch.Tensor] = self.loss_rows) -> torch.Tensor:
+            torch.manual_seed(hash_key(seed, self.rank, number) >> 1)
+            return function(self.engine, **micro_batches[number])
+
+        if across := getattr(self.loss_rows, "across", None):
+            micro_batches = across(torch.no_grad()(forward), micro_batches)
+        return micro_batches, forward
 
     @torch.no_grad()
     def evaluate(self, score_rows: LossRows, **micro_batch: torch.Tensor) -> torch.Tensor:

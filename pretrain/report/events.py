@@ -135,6 +135,8 @@ def _journal(event: Event) -> str:
 _SAYS: dict[Any, Callable[[Event], str]] = {
     "start": _started,
     "resume": _started,
+    "compiled": lambda event: f"the blocks of the model, in {event['seconds']:.2g} s",
+    "not_compiled": lambda event: f"the blocks of the model: {event['problem']}",
     "saved": _saved,
     "save_failed": lambda event: f"step {event['step']:,}, after {event['seconds']:.2g} s: {event['error']}",
     "source": _source,

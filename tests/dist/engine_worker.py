@@ -84,7 +84,7 @@ def config_of(stage: int, part: str) -> Config:
 
 def build(
     stage: int, precision: str, micro: int, ranks, device, clip=1.0, eps=1e-8, part="all", extra=None,
-    models_of=build_model, batch=BATCH, lr_scale=lambda name: 1.0,
+    models_of=build_model, batch=BATCH, lr_scale=lambda name: 1.0, compiles=False,
 ) -> Engine:  # fmt: skip
     cfg = config_of(stage, part)
     if is_in_one_go(stage, precision):
@@ -102,7 +102,7 @@ def build(
         model.head.sizes = Sizes(30 * VOCAB, 7 * VOCAB)  # the logits of a micro-batch in several pieces
         return model
 
-    built = Engine(new_model, losses.loss_rows, settings, optim_config, ranks, device, lr_scale)
+    built = Engine(new_model, losses.loss_rows, settings, optim_config, ranks, device, lr_scale, compiles)
     for f in built.layout.fragments():
         if f.kind == WEIGHT:
             fill_initial(f.values, f.offset, f.name, f.shape, cfg.model, 0)

@@ -7,6 +7,7 @@ command line of which one step is taken}}. OUT.json: {name: {parameter: the larg
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pretrain.plan import Plan
 
 def main(asked: dict, out: Path) -> None:
     hardware.peak_flops = lambda device, precision: (1e12, "not measured")  # it takes longer than these runs
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(out.parent)
     ranks = dist.from_environment()
     device = dist.start(ranks)
     for overrides in asked["runs"]:
