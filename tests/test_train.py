@@ -190,6 +190,10 @@ MISTAKES = {
     "unknown DeepSpeed setting": (["++deepspeed.extra={offlaod: 1}"], ["deepspeed.extra.offlaod"]),
     "another config": (["run.name=undisturbed", "model.layers=3"], ["undisturbed", "model.layers: 2 -> 3", "run.name"]),
     "never resume": (["run.name=undisturbed", "resume=never"], ["undisturbed", "resume=auto"]),
+    "compiled blocks where not all weights learn": (
+        ["train.compile=blocks", "deepspeed=zero3", "model.lora_rank=2"],
+        ["train.compile=blocks", "deepspeed=zero2"],
+    ),
     "vocabulary too small": (["model.vocab_size=100"], ["model.vocab_size=100", "512"]),
     "a folder that is a file": (["run.root=/dev/null"], ["run.root=/dev/null", "is no folder"]),
     "a folder on a disk that is read only": (["run.root=/proc/runs"], ["/proc"]),

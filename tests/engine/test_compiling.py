@@ -10,6 +10,8 @@ import stat
 
 import pytest
 import torch
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -22,7 +24,7 @@ from pretrain.model.losses import loss_rows
 from tests.model.test_spans import WINDOWS, on_cpu, some_documents  # noqa: F401 (a fixture)
 from tests.models import SMALL, initial_values
 
-LENGTHS = [(2, 32), (2, 32), (4, 32), (4, 17), (3, 5), (2, 9), (7, 31), (2, 32)]
+LENGTHS = [(16, 16), (2, 32), (4, 32), (4, 17), (3, 5), (2, 9), (7, 31), (2, 32)]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +86,9 @@ def test_gradients_are_those_of_plain_blocks(overrides, checkpointing):
     assert graphs() == (2 if has_kinds else 1), "the first of 4 layers is another"
 
 
-def test_inductor_computes_the_same_with_documents_and_any_length():
+def test_inductor_computes_the_same_with_documents_dropout_and_any_length():
     batches = [(some_tokens(shape), some_documents(sum(shape), *shape)) for shape in ((3, 32), (5, 20), (2, 48))]
-    model = model_of(scale=1)
+    model = model_of("model.dropout=0.1", scale=1)
     plain = [learnt(model, *batch) for batch in batches]
     blocks = CompiledBlocks(model.trunk.blocks, varies=True)
     found = [learnt(model, *batch) for batch in batches]
@@ -160,6 +162,18 @@ def test_what_fails_later_leaves_plain_blocks_and_is_told_once(monkeypatch):
     assert (
         len(told) == 1 and "more than 1 graphs" in told[0] and "train.compile=none" in told[0] and "\n" not in told[0]
     )
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_forward_pass():
+    def refuses(graph, inputs):
+        raise RuntimeError("no backward pass\nof any kind")
+
+    model, tokens = model_of(), some_tokens((2, 32))
+    plain = learnt(model, tokens)
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=refuses)
+    blocks = CompiledBlocks(model.trunk.blocks, varies=False, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(learnt(model, tokens), plain, strict=True))
+    assert "no backward pass" in blocks.problem and "\n" not in blocks.problem
 
 
 def test_what_is_made_is_kept_where_nobody_else_may_write(monkeypatch, tmp_path):
