@@ -26,6 +26,13 @@ from tests.models import SMALL, initial_values
 
 LENGTHS = [(16, 16), (2, 32), (4, 32), (4, 17), (3, 5), (2, 9), (7, 31), (2, 32)]
 
+ELSEWHERE = [  # what torch would read from, or write to, other places
+    (torch._inductor.config, "fx_graph_remote_cache"), (torch._inductor.config, "autotune_remote_cache"),
+    (torch._inductor.config, "bundled_autotune_remote_cache"), (torch._inductor.config, "cpp_cache_precompile_headers"),
+    (torch._functorch.config, "enable_remote_autograd_cache"), (torch._dynamo.config, "automatic_dynamic_remote_pgo"),
+    (torch._dynamo.config, "automatic_dynamic_local_pgo"),
+]  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
@@ -177,6 +184,8 @@ def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_forward_pass():
 
 
 def test_what_is_made_is_kept_where_nobody_else_may_write(monkeypatch, tmp_path):
+    for config, name in ELSEWHERE:
+        monkeypatch.setattr(config, name, True)
     prepare()
     assert os.environ[CACHE] == str(tmp_path), "as the user says"
     monkeypatch.setenv(CACHE, compiling.default_cache_dir())  # torch says so itself, when it is imported
@@ -184,7 +193,7 @@ def test_what_is_made_is_kept_where_nobody_else_may_write(monkeypatch, tmp_path)
     prepare()
     folder = tmp_path / "home/.cache/pretrain/inductor"
     assert os.environ[CACHE] == str(folder) and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert not torch._inductor.config.fx_graph_remote_cache and not torch._inductor.config.cpp_cache_precompile_headers
+    assert not any(getattr(config, name) for config, name in ELSEWHERE)
 
 
 def test_without_such_a_place_blocks_stay_plain(monkeypatch, tmp_path):
