@@ -78,7 +78,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_BT, at, asked) -> torch.Tensor:
         given, labels_N = (hidden_ND, weight_VD, bias_V), _of(labels_BT, at)
-        losses_N, ctx.gradients = _learnt(*given, labels_N, torch.ones_like(labels_N), asked, ctx.needs_input_grad)
+        losses_N, ctx.gradients = _learnt(*given, labels_N, None, asked, ctx.needs_input_grad)
         ctx.save_for_backward(*given, labels_BT, at)
         ctx.asked = asked
         return _sum_rows(losses_N, labels_BT, at)
@@ -102,20 +102,20 @@ class _Loss(torch.autograd.Function):
 
 def _learnt(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor,
-    scales_N: torch.Tensor, asked: Asked, needed: tuple[bool, ...],
+    scales_N: torch.Tensor | None, asked: Asked, needed: tuple[bool, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
     """The loss of each position [N], and the gradients of hidden states, matrix and bias, those that are `needed`, of
-    the losses times `scales_N`. What several pieces add to is in fp32.
+    the losses times `scales_N` (None: 1). What several pieces add to is in fp32.
     """
     losses_N = hidden_ND.new_empty(len(labels_N), dtype=wide(hidden_ND.dtype))
-    scales_N = torch.where(labels_N == IGNORED, 0, scales_N).to(losses_N.dtype)
+    scales_N = torch.where(labels_N == IGNORED, 0.0, 1.0 if scales_N is None else scales_N).to(losses_N.dtype)
     of_hidden = torch.empty_like(hidden_ND) if needed[0] else None
     of_weight = of_bias = None
     buffers = _buffers(hidden_ND, weight_VD, asked)
     for piece, logits in _pieces(hidden_ND, weight_VD, bias_V, asked):
-        for part, soft in _parts(logits, labels_N[piece], buffers, asked):
-            losses_N[piece][part] = soft.losses
-            logits[part] = _gradient(soft, scales_N[piece][part, None], asked)
+        parts = _parts(logits, labels_N[piece], losses_N[piece], buffers, asked)
+        for soft, scales_n1 in zip(parts, scales_N[piece, None].split(buffers.shape[1]), strict=True):
+            soft.source.copy_(_gradient(soft, scales_n1, asked))
         if needed[0]:
             torch.mm(logits, weight_VD, out=of_hidden[piece])
         if needed[1]:
@@ -135,9 +135,9 @@ def _judged(
     found_2N = hidden_ND.new_empty((2, len(labels_N)), dtype=wide(hidden_ND.dtype))
     buffers = _buffers(hidden_ND, weight_VD, asked)
     for piece, logits in _pieces(hidden_ND, weight_VD, bias_V, asked):
-        for part, soft in _parts(logits, labels_N[piece], buffers, asked):
-            found_2N[0, piece][part] = soft.losses
-            found_2N[1, piece][part] = (soft.logits.argmax(1) == labels_N[piece][part]).to(found_2N.dtype)
+        parts = _parts(logits, labels_N[piece], found_2N[0, piece], buffers, asked)
+        likeliest = torch.cat([soft.logits.argmax(1) for soft in parts])
+        found_2N[1, piece] = (likeliest == labels_N[piece]).to(found_2N.dtype)
     return found_2N[0], found_2N[1]
 
 
@@ -166,42 +166,44 @@ def _buffers(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, asked: Asked) -> 
 class _Soft(NamedTuple):
     """Of a part, in buffers that the next one writes over."""
 
+    source: torch.Tensor  # the part of the piece, before it was capped
     logits: torch.Tensor  # capped
     probabilities: torch.Tensor
     targets: torch.Tensor  # [n, 1], a token's where there is no label
     normalisers: torch.Tensor  # [n, 1], log of the sum of e^logits
-    losses: torch.Tensor  # [n], 0 where there is no label
 
 
 def _parts(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, buffers: torch.Tensor, asked: Asked
-) -> Iterator[tuple[slice, _Soft]]:
-    """The softmax of a piece, some positions after others."""
-    at_once = buffers.shape[1]
-    for start in range(0, len(labels_N), at_once):
-        part = slice(start, start + at_once)
-        labels = labels_N[part]
-        logits, probabilities = buffers[:, : len(labels)]
-        logits.copy_(logits_NV[part])
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, losses_N: torch.Tensor, buffers: torch.Tensor, asked: Asked
+) -> Iterator[_Soft]:
+    """The softmax of a piece, some positions after others. At the end `losses_N` are there, 0 without a label. (What is
+    done here for each part is little: there are hundreds, and on a CPU to call an operator takes as long as a pass.)
+    """
+    columns = (logits_NV, labels_N.clamp(min=0)[:, None], losses_N[:, None])
+    for source, targets, losses in zip(*(column.split(buffers.shape[1]) for column in columns), strict=True):
+        logits, probabilities = buffers if len(source) == buffers.shape[1] else buffers[:, : len(source)]
+        logits.copy_(source)
         if asked.softcap:
             logits.div_(asked.softcap).tanh_().mul_(asked.softcap)
-        targets = labels.clamp(min=0)[:, None]
         torch.softmax(logits, 1, out=probabilities)
-        normalisers = _normalisers(logits, probabilities, targets)
-        losses = normalisers - logits.gather(1, targets)
+        of_targets = logits.gather(1, targets)
+        normalisers = _normalisers(logits, probabilities, targets, of_targets)
+        torch.sub(normalisers, of_targets, out=losses)
         if asked.z_loss:
-            losses += asked.z_loss * normalisers.square()
-        losses = torch.where(labels == IGNORED, 0.0, losses[:, 0])
-        yield part, _Soft(logits, probabilities, targets, normalisers, losses)
+            losses.addcmul_(normalisers, normalisers, value=asked.z_loss)
+        yield _Soft(source, logits, probabilities, targets, normalisers)
+    losses_N.masked_fill_(labels_N == IGNORED, 0.0)
 
 
-def _normalisers(logits: torch.Tensor, probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log(sum(e^logit)) [n, 1]: a token's logit, less the log of its share. The label's share is at hand, but may vanish;
-    that of the likeliest token does not, and takes two passes. (To ask which it is would wait for a GPU.)
+def _normalisers(
+    logits: torch.Tensor, probabilities: torch.Tensor, targets: torch.Tensor, of_targets: torch.Tensor
+) -> torch.Tensor:
+    """log(sum(e^logit)) [n, 1]: a token's logit, less the log of its share. The label's share is at hand, but may
+    vanish; that of the likeliest token does not, and takes two passes. (To ask which it is would wait for a GPU.)
     """
     shares = probabilities.gather(1, targets)
-    if shares.device.type == "cpu" and (shares > torch.finfo(shares.dtype).tiny).all():
-        return logits.gather(1, targets) - shares.log()
+    if shares.device.type == "cpu" and shares.amin().item() > torch.finfo(shares.dtype).tiny:
+        return of_targets - shares.log_()
     return logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
 
 
