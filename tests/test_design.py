@@ -69,7 +69,8 @@ INSIDE = {
         "matrices": set(), "schedule": set(), "muon": {"matrices"}, "optimizers": {"muon"},
     },
     "engine": {
-        "fragments": set(), "settings": set(), "memory": {"settings"}, "engine": {"fragments"},
+        "fragments": set(), "settings": set(), "memory": {"settings"}, "sums": set(),
+        "engine": {"fragments", "sums"},
         "compiling": {"engine"},
     },
     "checkpoint": {
@@ -100,7 +101,7 @@ INSIDE = {
     },
 }  # fmt: skip
 SOLE_USERS = {
-    "deepspeed": {"engine.engine", "engine.fragments"}, "wandb": {"report.wandb_run"},
+    "deepspeed": {"engine.engine", "engine.fragments", "engine.sums"}, "wandb": {"report.wandb_run"},
     "omegaconf": {"config.compose"}, "hydra": {"config.compose"}, "tarfile": {"shards.tar"},
     "sentencepiece": {"tokenizer.sentencepiece"}, "tokenizers": {"tokenizer.huggingface"},
     "matplotlib": {"report.curves"}, "safetensors": {"checkpoint.tensors"}, "transformers": {"hub.reference"},

@@ -47,8 +47,7 @@ EPILOG = """
 contestants, each in processes of its own, which take turns and never run at the same time:
   pretrain      the training program, once for each of --ranks, with the threads that its launchers give a rank
   bare          the same model, data, precision and micro-batches in a loop written by hand: fp32 weights, gradients
-                added up in fp32, clipping, fused AdamW, torch's Muon with optim=muon; one process. Its losses show that
-                the terms are the same
+                added up in fp32, clipping, fused AdamW (or torch's Muon); one process. Its losses show that it is so
   floor         all matrix products of a step, alone, at their own shapes and in their own precision
   trainer       transformers' Trainer with the architecture that computes the same, in bf16 where the run is
   nanogpt       nanoGPT's loop in fp32, as it comes, with as many layers and heads, as wide; nanogpt-bf16: in autocast
@@ -321,9 +320,7 @@ def ratios(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def differences(setting: Setting, contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """How far our journals' losses are from the bare loop's, step by step: they train the same (torch's Muon takes its
-    products in bf16).
-    """
+    """How far our journals' losses are from the bare loop's, step by step: they train the same."""
     found, bare = [], next((its.losses for its in contestants if its.key == "bare"), [])
     for its in contestants if bare else ():
         if its.key == "ours" and its.failed is None:

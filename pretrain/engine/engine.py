@@ -12,6 +12,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 from pretrain.config.schema import OptimConfig
 from pretrain.dist import HostCopy, LateSum, Ranks
 from pretrain.engine.fragments import Whole, layout_of
+from pretrain.engine.sums import in_fewer_passes
 from pretrain.hardware import DTYPES
 from pretrain.model.transformer import Block
 from pretrain.optim import optimizers
@@ -83,6 +84,8 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         stepped_by = optimizers.build(optim_config, model.named_parameters(), lr_scale)
         self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=stepped_by, config=settings)
+        if type(optimizer) is bf16_optimizer.BF16_Optimizer:
+            in_fewer_passes(self.engine, optimizer, self.world_size)
         self.parameters = dict(self.engine.module.named_parameters())
         self.layout = layout_of(self.stage, self.parameters, optimizer, self.rank)
         if matrices := self.layout.matrices():

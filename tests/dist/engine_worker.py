@@ -4,11 +4,12 @@ torchrun --nproc-per-node 2 tests/dist/engine_worker.py OUT.json
 """
 
 import functools
+import gc
+import itertools
 import json
 import math
 import sys
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from pretrain.checkpoint.save import Checkpoints
 from pretrain.config import compose
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.config.steps import accumulation_steps
+from pretrain.engine import engine
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import WEIGHT
 from pretrain.engine.settings import deepspeed_config
@@ -64,6 +66,7 @@ def main(out: Path) -> None:
             results["made"][f"{precision}-{stage}"] = made(stage, precision, ranks, device)
             for part in ("lora", "head") if precision == "fp32" else ("lora",):
                 results["parts"][f"{part}-{precision}-{stage}"] = train_part(part, stage, precision, out, ranks, device)
+    results["sums"] = sums(ranks, device)
     for micro in (m for m in (1, 2, 4, 8) if m * ranks.world_size <= BATCH):
         results["splits"][str(micro)] = gradient(micro, ranks, device)
     if ranks.world_size == 2:
@@ -177,6 +180,31 @@ def few_targets(stage: int, precision: str, ranks, device) -> dict:
     return {"losses": [loss for loss, _ in found], "norms": [norm for _, norm in found], "expected": expected}
 
 
+def sums(ranks, device) -> dict[str, list]:
+    """In bf16 with our sums of gradients and with DeepSpeed's: losses, norms, and what this rank has at the end. In the
+    second step only the first rank's second micro-batch has a gradient of more than the embeddings, in the third none.
+    """
+    found = {}
+    for whose in ("ours", "theirs"):
+        ours = engine.in_fewer_passes
+        if whose == "theirs":
+            engine.in_fewer_passes = lambda *_: None
+        built = build(1, "bf16", 2, ranks, device)
+        engine.in_fewer_passes = ours
+
+        def of_embeddings_alone(model, inputs, labels, numbers=itertools.count()):  # noqa: B008 (one for each engine)
+            step, part = divmod(next(numbers), BATCH // 2 // ranks.world_size)
+            if step not in (1, 2) or (step == 1 and ranks.is_main and part == 1):
+                return loss_rows(model, inputs, labels)
+            return model.module.trunk.embedding(inputs).float().square().sum((1, 2))
+
+        built.loss_rows = of_embeddings_alone
+        steps = train(built, ranks, 5)
+        state = [[f.name, f.kind, f.values.double().tolist()] for f in built.layout.fragments()]
+        found[whose] = [steps["losses"], steps["norms"], dist.all_gather_objects(state)]
+    return found
+
+
 def train(built: Engine, ranks, steps: int, first: int = 0) -> dict:
     """Losses, norms and the coverage of the fragments after `steps` updates."""
     losses, norms = [], []
@@ -266,12 +294,14 @@ def watched(stage: int, precision: str, ranks, device) -> dict:
 def made(stage: int, precision: str, ranks, device) -> dict:
     """Of the start of an engine: whether torch drew anything, and the most bytes that the model took as it was made."""
     sizes, drawn_before = {}, torch.get_rng_state()
+    gc.collect()  # what others left behind is not freed while it is watched
 
     def watched_model(config: ModelConfig) -> torch.nn.Module:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model = build_model(config)
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        sizes["most"] = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+        in_order = sorted(events, key=lambda event: event.start_ns())
+        sizes["most"] = max(itertools.accumulate(event.nbytes() for event in in_order))
         sizes["types"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
         return model
 

@@ -31,6 +31,13 @@ def test_bf16_follows_fp32_at_every_stage(results, ranks, stage):
     assert found != pytest.approx(reference, rel=1e-6), "bf16 must be bf16"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_of_gradients_are_those_of_deepspeed(results, ranks):
+    """To the last bit, of weights too that have no gradient in a micro-batch, on a rank, or in a step."""
+    ours, theirs = (results[ranks]["sums"][whose] for whose in ("ours", "theirs"))
+    assert ours == theirs and len(ours[0]) == 5
+
+
 def test_the_gradient_does_not_depend_on_the_split(results):
     """Ranks, micro-batches and accumulation steps of one global batch, whose rows differ in their number of targets."""
     reference = results[1]["splits"]["8"]
