@@ -91,14 +91,18 @@ def plain(
     q_BHQK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor, causal: bool, dropout: float,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The formula as written: the reference that the fast route is compared with."""
+    """The formula as written: the reference that the fast route is compared with. The mask, -inf where a query may not
+    look, is what products and scale are added to: in one pass, and in none of the backward pass.
+    """
     groups = q_BHQK.shape[1] // k_BGSK.shape[1]
     k, v = k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
-    scores_BHQS = q_BHQK @ k.transpose(-1, -2) / math.sqrt(q_BHQK.shape[-1])
     if mask is None and causal:
         mask = visible(q_BHQK.shape[2], k.shape[2], k.device)
-    if mask is not None:
-        scores_BHQS = scores_BHQS.masked_fill(~mask, float("-inf"))
+    q, keys, scale = q_BHQK.flatten(0, 1), k.flatten(0, 1).mT, 1 / math.sqrt(q_BHQK.shape[-1])
+    hidden = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    if hidden.dim() == 4:
+        hidden = hidden.expand(q_BHQK.shape[:2] + hidden.shape[2:]).flatten(0, 1)
+    scores_BHQS = torch.baddbmm(hidden, q, keys, alpha=scale).unflatten(0, q_BHQK.shape[:2])
     weights_BHQS = scores_BHQS.softmax(-1)
     return (F.dropout(weights_BHQS, dropout) if dropout else weights_BHQS) @ v
 

@@ -91,7 +91,7 @@ class _Loss(torch.autograd.Function):
         # Its strides tell that it is one number for all rows, as of `.sum()`: to compare them would wait for a GPU.
         if gradients is not None and (len(gradient_B) == 1 or gradient_B.stride(0) == 0):
             for gradient in filter(torch.is_tensor, gradients):
-                torch.mul(gradient, gradient_B[:1], out=gradient)
+                gradient.mul_(gradient_B[0])  # a tensor of no dimension turns no other into its own type
         else:
             del gradients
             scales_N = _of(gradient_B[:, None].expand(labels_BT.shape), at)
