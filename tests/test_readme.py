@@ -20,7 +20,7 @@ from tests.forked import ROOT
 READMES = ("README.md", "tools/README.md", "conf/README.md", "launch/README.md", "pretrain/README.md",
            "pretrain/engine/README.md", "tests/README.md")  # fmt: skip
 TRAINERS = ("pretrain.train", "pretrain.finetune", "launch/finetune.sh", "launch/torchrun.sh", "launch/deepspeed.sh")
-MODEL = "model=llama_tiny "
+MODEL = "model=llama_tiny model.tied_embeddings=false "
 TINY = (MODEL + "train.steps=2 train.seq_len=32 train.global_batch_size=4 train.micro_batch_size=2 "
         "train.eval_samples=4 log.sample_tokens=4 log=none")  # fmt: skip
 

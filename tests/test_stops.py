@@ -194,7 +194,7 @@ from pretrain import entry
 from pretrain.config import compose
 sys.argv[1:] = ["run.name=x", "data.train=x"]
 config = compose.compose("pretrain", ["run.root={root}", "run.name=agreeing", "log.sample_tokens=0"])
-entry.main("pretrain", lambda *_: Facts(config=config, identity={{}}))
+entry.main("pretrain", lambda *_: Facts(config=config, identity={{}}, compiles=lambda device: False))
 """
 
 

@@ -91,7 +91,7 @@ def check(config: Config) -> None:
     if config.optim.embedding_lr_scale != 1 and config.model.tied_embeddings:
         raise ValueError(
             f"optim.embedding_lr_scale={config.optim.embedding_lr_scale}: the embeddings of this model are its output "
-            "matrix too, which would have that rate: drop it, or take model.tied_embeddings=false"
+            "matrix too, which would have that rate: take optim.embedding_lr_scale=1, or model.tied_embeddings=false"
         )
     if config.optim.base_width and config.model.tied_embeddings:
         raise ValueError(

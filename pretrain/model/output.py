@@ -186,25 +186,13 @@ def _parts(
         if asked.softcap:
             logits.div_(asked.softcap).tanh_().mul_(asked.softcap)
         torch.softmax(logits, 1, out=probabilities)
-        of_targets = logits.gather(1, targets)
-        normalisers = _normalisers(logits, probabilities, targets, of_targets)
-        torch.sub(normalisers, of_targets, out=losses)
+        # The likeliest token has the share 1 / sum(e^(logit - largest logit)), which never vanishes.
+        normalisers = logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log_()
+        torch.sub(normalisers, logits.gather(1, targets), out=losses)
         if asked.z_loss:
             losses.addcmul_(normalisers, normalisers, value=asked.z_loss)
         yield _Soft(source, logits, probabilities, targets, normalisers)
     losses_N.masked_fill_(labels_N == IGNORED, 0.0)
-
-
-def _normalisers(
-    logits: torch.Tensor, probabilities: torch.Tensor, targets: torch.Tensor, of_targets: torch.Tensor
-) -> torch.Tensor:
-    """log(sum(e^logit)) [n, 1]: a token's logit, less the log of its share. The label's share is at hand, but may
-    vanish; that of the likeliest token does not, and takes two passes. (To ask which it is would wait for a GPU.)
-    """
-    shares = probabilities.gather(1, targets)
-    if shares.device.type == "cpu" and shares.amin().item() > torch.finfo(shares.dtype).tiny:
-        return of_targets - shares.log_()
-    return logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
 
 
 def _gradient(soft: _Soft, scales_n1: torch.Tensor, asked: Asked) -> torch.Tensor:
