@@ -50,7 +50,7 @@ takes, 1 to 2 GB, is not counted.
 fits (a tenth of the card is kept for CUDA and for memory in pieces), and what is left. What stands first communicates
 and computes least. Labels count as if every token had one.
 """
-LOOKED_UP = ("trunk.embedding.", "trunk.positions.", "trunk.segments.")
+LOOKED_UP = ("trunk.embedding.", "trunk.positions.", "trunk.segments.", "trunk.values.")
 KEPT_FREE = 0.1  # of a card: CUDA itself, libraries, memory in pieces
 ROOMY = "model.max_positions=1073741824"
 

@@ -65,9 +65,9 @@ NOT_NEGATIVE = (
     "seed", "train.steps", "train.epochs", "train.save_every", "train.checkpoint_file_gb", "train.eval_every",
     "train.eval_samples", "model.vocab_size", "model.kv_heads", "model.head_width", "model.ffn_width",
     "model.rope_original_positions", "model.sliding_window", "model.global_every", "model.local_rope_theta",
-    "model.segments", "model.labels", "model.lora_rank", "model.logit_softcap", "objective.z_loss",
-    "optim.weight_decay", "optim.grad_clip", "optim.base_width", "schedule.warmup_steps", "log.sample_tokens",
-    "task.stride", "task.generate_samples", "tuning.early_stopping",
+    "model.segments", "model.labels", "model.lora_rank", "model.logit_softcap", "model.value_embeddings",
+    "objective.z_loss", "optim.weight_decay", "optim.grad_clip", "optim.base_width", "schedule.warmup_steps",
+    "log.sample_tokens", "task.stride", "task.generate_samples", "tuning.early_stopping",
 )  # fmt: skip
 FRACTIONS = (
     "model.dropout", "objective.mask_rate", "optim.beta1", "optim.beta2", "optim.momentum", "schedule.min_lr_ratio",
@@ -244,6 +244,8 @@ def _check_head(model: ModelConfig) -> None:
     labelled, has_matrix = model.head in ("sequence", "tokens"), model.head not in ("pooled", "none", "embedding")
     if not has_matrix and (model.head_transform or model.head_bias):
         raise ValueError(f"model.head={model.head} has no output matrix: drop head_transform, head_bias")
+    if model.value_embeddings > model.layers:
+        raise ValueError(f"model.value_embeddings={model.value_embeddings} is more than model.layers={model.layers}")
     if model.head != "lm" and model.logit_softcap:
         raise ValueError(f"model.logit_softcap is for model.head=lm, not {model.head}: drop it")
     if labelled != (model.labels > 0):

@@ -100,6 +100,7 @@ class ModelConfig:
     pooling: str
     head_transform: bool
     head_bias: bool
+    value_embeddings: int
     logit_softcap: float
     lora_rank: int
     lora_alpha: float
@@ -269,7 +270,8 @@ class Config:
 
 
 # Keys that models, training, optimizers and tasks of earlier versions lack, with what those are.
-ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all"}
+ADDED_TO_MODELS = {"labels": 0, "pooling": "first", "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all",
+                   "value_embeddings": 0}  # fmt: skip
 ADDED_TO_TRAINING = {"epochs": 0.0, "deterministic": False, "checkpoint_file_gb": 4.0, "compile": "auto"}
 ADDED_TO_OPTIMIZERS = {"momentum": 0.95, "adamw_lr_scale": 1.0, "embedding_lr_scale": 1.0, "base_width": 0}
 ADDED_TO_TASKS = {"pooling": None}

@@ -16,7 +16,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from pretrain.dist import all_gather_objects
 from pretrain.engine.engine import Engine, MicroBatch
 from pretrain.files import private_folder
-from pretrain.model.transformer import Block, Mask
+from pretrain.model.attention import Spans
+from pretrain.model.transformer import Block
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the environment variable for another folder
 HOME_CACHE = "~/.cache/pretrain/inductor"
@@ -78,17 +79,17 @@ class CompiledBlocks:
             block.forward = self._forward(block, block.forward, compiled)  # called by the module, between its hooks
 
     def _forward(self, block: Block, plain: Callable, compiled: Callable) -> Callable[..., torch.Tensor]:
-        def forward(x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: None, mask: Mask) -> torch.Tensor:
+        def forward(*given: torch.Tensor | Spans | None) -> torch.Tensor:
             if self.problem is not None or not block.training:
-                return plain(x_BTD, rope, cache, mask)
-            for tensor in () if self._varies else (x_BTD, rope, mask):
+                return plain(*given)
+            for tensor in () if self._varies else given:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static(tensor)
             try:
-                return compiled(x_BTD, rope, cache, mask)
+                return compiled(*given)
             except self.forgives as error:
                 self.problem = in_a_line(error)
-            result = plain(x_BTD, rope, cache, mask)
+            result = plain(*given)
             self.tell(self.problem)
             return result
 

@@ -20,7 +20,7 @@ NEUTRAL = {
     "local_rope_theta": 0.0, "norm_position": "pre", "norm_bias": True, "embedding_norm": False,
     "scaled_embeddings": False, "segments": 0, "qk_norm": False, "attention_bias": False, "ffn_bias": False,
     "tied_embeddings": True, "labels": 0, "pooling": "first", "head_transform": False, "head_bias": False,
-    "logit_softcap": 0.0, "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all",
+    "logit_softcap": 0.0, "value_embeddings": 0, "lora_rank": 0, "lora_alpha": 16.0, "lora_on": "all",
     "dropout": 0.0, "attention": "sdpa", "init": "scaled", "init_std": 0.02,
 }  # fmt: skip
 TRAINING_ONLY = ("dropout", "attention", "init", "init_std")  # these change no output of a trained model

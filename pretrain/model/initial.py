@@ -7,7 +7,7 @@ import torch
 
 from pretrain.config.schema import ModelConfig
 
-TABLES = (".embedding", ".positions", ".segments")
+TABLES = ("trunk.embedding", "trunk.positions", "trunk.segments", "trunk.values")
 BLOCK = 1 << 16  # elements: those in a cache are drawn as fast as any, and what is drawn for nothing costs little
 
 
@@ -54,9 +54,9 @@ def fill_initial(
 
 def _std(owner: str, shape: tuple[int, ...], config: ModelConfig) -> float:
     if config.init == "xavier":
-        return config.width**-0.5 if owner.endswith(TABLES) else math.sqrt(2 / sum(shape))
+        return config.width**-0.5 if owner.startswith(TABLES) else math.sqrt(2 / sum(shape))
     writes = owner.endswith((".attention.out", ".ffn.down"))
-    if config.init == "fan_in" and not owner.endswith(TABLES):
+    if config.init == "fan_in" and not owner.startswith(TABLES):
         return 0.0 if writes or owner == "head" else shape[1] ** -0.5
     if not writes:
         return config.init_std

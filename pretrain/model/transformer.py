@@ -93,12 +93,16 @@ class Attention(nn.Module):
         self.k_norm = new_norm(config, self.head_width) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask
-    ) -> torch.Tensor:
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask,
+        of_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`of_tokens` [B, T, G x K] is added to the values."""
+
         def heads(y: torch.Tensor) -> torch.Tensor:
             return y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-        q, k, v = self.q_norm(heads(self.q(x_BTD))), self.k_norm(heads(self.k(x_BTD))), heads(self.v(x_BTD))
+        v_BTK = self.v(x_BTD) if of_tokens is None else self.v(x_BTD) + of_tokens
+        q, k, v = self.q_norm(heads(self.q(x_BTD))), self.k_norm(heads(self.k(x_BTD))), heads(v_BTK)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -140,12 +144,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask
-    ) -> torch.Tensor:
+        self, x_BTD: torch.Tensor, rope: torch.Tensor | None, cache: LayerCache | None, mask: Mask,
+        of_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        given = (rope, cache, mask, of_tokens)
         if self.pre:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), *given))
         else:
-            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rope, cache, mask)))
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, *given)))
         if self.recomputes_ffn and torch.is_grad_enabled():
             return checkpoint(self._feed_forward, x_BTD, use_reentrant=False)
         return self._feed_forward(x_BTD)
@@ -161,6 +167,10 @@ class Transformer(nn.Module):
 
     What `activation_checkpointing` names is not kept for the backward pass but computed again there (Chen et al.,
     "Training Deep Nets with Sublinear Memory Cost", 2016): none, ffn (the feed-forward layers), full (all of a block).
+
+    The last `config.value_embeddings` blocks have tables, what each token adds to their values: capacity that costs no
+    products (Zhou et al., "Value Residual Learning", 2024, brings the first layer's values to others; modded-nanogpt,
+    2024, learns them by token).
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: str = "none"):
@@ -174,6 +184,9 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer, recomputes_ffn) for layer in range(config.layers))
         self.norm = new_norm(config, config.width) if config.norm_position == "pre" else nn.Identity()
+        inner = kv_heads(config) * head_width(config)
+        with_table = range(config.layers - config.value_embeddings, config.layers)
+        self.values = nn.ModuleDict({str(layer): nn.Embedding(config.vocab_size, inner) for layer in with_table})
 
     def forward(
         self, tokens_BT: torch.Tensor, cache: list[LayerCache] | None = None, documents_BS: torch.Tensor | None = None,
@@ -197,7 +210,8 @@ class Transformer(nn.Module):
             masks = self._masks(start, end, documents_BS, tokens_BT.device)
         for layer, block in enumerate(self.blocks):
             local = has_window(self.config, layer)
-            inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local])
+            of_tokens = self.values[str(layer)](tokens_BT) if str(layer) in self.values else None
+            inputs = (x_BTD, ropes[local], cache[layer] if cache else None, masks[local], of_tokens)
             if self.recomputes_blocks and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, *inputs, use_reentrant=False)
             else:

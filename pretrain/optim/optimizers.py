@@ -10,7 +10,8 @@ from pretrain.optim.muon import Orthogonalizer
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 EMBEDDING = "trunk.embedding.weight"
-TABLES = (EMBEDDING, "positions.weight", "segments.weight")
+VALUES = "trunk.values."
+TABLES = ("positions.weight", "segments.weight")
 # The tensors that an algorithm keeps for a parameter, all of the parameter's size, besides its step count.
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 
@@ -41,7 +42,7 @@ def parameter_groups(config: OptimConfig, named: Named, lr_scale: Callable[[str]
             continue
         decays, algorithm = len(shape) >= 2 and "positions" not in name, algorithm_of(config.name, name, shape)
         scale = lr_scale(name) * (config.adamw_lr_scale if algorithm != config.name else 1.0)
-        if name == EMBEDDING:
+        if name == EMBEDDING or name.startswith(VALUES):
             scale *= config.embedding_lr_scale
         by_width = of_width(ratio, name, shape, algorithm)
         decay = config.weight_decay / by_width if decays else 0.0  # what a step takes away is the same at every width
@@ -58,7 +59,7 @@ def of_width(ratio: float, name: str, shape: tuple[int, ...], algorithm: str) ->
     (Yang et al., "Tensor Programs V", 2022, table 8), and the root of it those of Muon, which are orthogonal. Tables
     and vectors, whose inputs do not become more, are left alone.
     """
-    if len(shape) < 2 or name.endswith(TABLES):
+    if len(shape) < 2 or name.endswith(TABLES) or name.startswith((EMBEDDING, VALUES)):
         return 1.0
     return ratio**0.5 if algorithm == "muon" else ratio
 

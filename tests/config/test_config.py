@@ -72,6 +72,7 @@ def test_the_yaml_round_trip_keeps_every_value(tmp_path):
         (["optim.momentum=0.9"], ["optim.momentum", "command line", "is for optim=muon, not adamw: drop it"]),
         (["optim=muon", "optim.momentum=2"], ["optim.momentum=2", "between 0 and 1"]),
         (["optim=muon", "optim.adamw_lr_scale=0"], ["optim.adamw_lr_scale", "greater than 0"]),
+        (["model.value_embeddings=99"], ["model.value_embeddings=99", "model.layers"]),
         (["optim.base_width=64", "model=gpt2_124m"], ["optim.base_width=64", "tied_embeddings=false"]),
         (["optim.embedding_lr_scale=3", "model=gpt2_124m"], ["optim.embedding_lr_scale=3.0", "output matrix"]),
         (["train.steps=-1"], ["train.steps", "must not be negative"]),

@@ -77,7 +77,8 @@ def worst(found, expected):
 
 @pytest.mark.parametrize("overrides, checkpointing", [
     ([], "none"), ([], "ffn"), ([], "full"), (["model.dropout=0.2"], "ffn"), (["model.dropout=0.2"], "full"),
-    (["model.lora_rank=2"], "none"), (["model=gpt2_124m", "model.width=32", "model.heads=4"], "ffn"),
+    (["model.lora_rank=2"], "none"),
+    (["model=gpt2_124m", "model.width=32", "model.heads=4", "model.value_embeddings=4"], "ffn"),
     (["model=modernbert_10m", "model.width=32", "model.heads=4", "model.sliding_window=8"], "none"),
     (["model.attention=plain", "model.norm_position=post"], "full"),
 ])  # fmt: skip

@@ -350,8 +350,9 @@ MUTATIONS = {
     "activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2"), "attention_bias": (True, False),
     "ffn_bias": (True, False), "tied_embeddings": (True, False), "labels": (0, 2, 5),
     "head": ("lm", "pooled", "none", "sequence", "tokens", "span"), "pooling": ("first", "last", "mean", "pooler"),
-    "head_transform": (True, False), "head_bias": (True, False), "logit_softcap": (0.0, 30.0), "kv_heads": (0, 1, 2),
-    "head_width": (0, 6, 8), "ffn_width": (0, 40), "layers": (1, 3, 4), "max_positions": (32, 128), "width": (24, 30),
+    "head_transform": (True, False), "head_bias": (True, False), "logit_softcap": (0.0, 30.0),
+    "value_embeddings": (0, 1), "kv_heads": (0, 1, 2), "head_width": (0, 6, 8),
+    "ffn_width": (0, 40), "layers": (1, 3, 4), "max_positions": (32, 128), "width": (24, 30),
     "dropout": (0.0, 0.1),
 }  # fmt: skip
 
@@ -394,6 +395,7 @@ def test_settings_come_back_from_a_round_trip_and_what_no_architecture_has_is_re
 @pytest.mark.parametrize("changes, named", [
     ({"positions": "sinusoidal"}, "has model.positions=sinusoidal with"),
     ({"logit_softcap": 30.0}, "has model.logit_softcap=30.0 with"),
+    ({"value_embeddings": 1}, "has model.value_embeddings=1 with"),
     ({"scaled_embeddings": True}, "has model.scaled_embeddings=True with"),
     ({"activation": "relu2"}, "has model.activation=relu2 with"),
     ({"head": "pooled"}, "has model.head=pooled with"),

@@ -59,6 +59,7 @@ PARTS = [
      "model.sliding_window=4", "model.global_every=2", "model.local_rope_theta=100", "model.head_width=12"],
     ["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_original_positions=16", "model.logit_softcap=3",
      "model.scaled_embeddings=true", "model.sliding_window=5"],
+    ["model.value_embeddings=1", "model.qk_norm=true", "model.tied_embeddings=false"],
     [],
 ]  # fmt: skip
 
@@ -231,6 +232,25 @@ def test_heads_give_hidden_states_and_the_pooled_first_token():
     assert set(parameter_shapes(pooled_config)) - set(parameter_shapes(bare_config)) == {"pooler.weight", "pooler.bias"}
 
 
+def test_the_last_blocks_have_what_each_token_adds_to_their_values():
+    plain_shapes = parameter_shapes(model_config())
+    cfg = model_config("model.value_embeddings=1")
+    inner = cfg.width // cfg.heads * cfg.kv_heads
+    added = {"trunk.values.1.weight": (97, inner)}
+    assert cfg.layers == 2 and parameter_shapes(cfg) == plain_shapes | added
+    model, tokens = build(cfg), torch.randint(0, 97, (2, 9))
+    value = model.trunk.blocks[1].attention.v
+    seen = []
+    hook = value.register_forward_hook(lambda module, given, found: seen.append(found))
+    expected = model(tokens)
+    of_tokens = model.trunk.values["1"].weight[tokens]
+    model.trunk.values["1"].weight.data.zero_()
+    hook.remove()
+    assert not torch.allclose(model(tokens), expected)
+    value.register_forward_hook(lambda module, given, found: found + of_tokens)
+    assert torch.allclose(model(tokens), expected, atol=1e-6) and len(seen) == 1
+
+
 def test_places_start_again_with_each_document():
     expected = [[*range(5), 0, *range(9), 0], [*range(12), *range(3), 0], [0, 0, *range(7), *range(7)]]
     assert places_in_documents(DOCUMENTS).tolist() == expected
@@ -279,6 +299,8 @@ def test_initial_values_depend_on_seed_and_name_alone():
         other = model_config(f"model.init={init}")
         assert initial_value(name.replace("q.", "out."), shape, other, 0).std() == pytest.approx(residual, rel=0.05)
     assert initial_value("trunk.embedding.weight", (97, 64), other, 0).std() == pytest.approx(1 / 8, rel=0.05)
+    with_tables = model_config("model.value_embeddings=1", "model.init=fan_in")
+    assert initial_value("trunk.values.1.weight", (97, 32), with_tables, 0).std() == pytest.approx(0.02, rel=0.05)
     by_inputs = model_config("model.init=fan_in")
     for part, wide, std in (("attention.q", (64, 256), 1 / 16), ("ffn.down", (64, 256), 0.0)):
         assert initial_value(f"trunk.blocks.0.{part}.weight", wide, by_inputs, 0).std() == pytest.approx(std, rel=0.05)

@@ -24,13 +24,14 @@ def test_matrices_decay_and_vectors_and_position_tables_do_not():
 
 def test_each_part_has_its_learning_rate():
     overrides = ["run.name=x", "optim=muon", "optim.adamw_lr_scale=0.5", "optim.embedding_lr_scale=4",
-                 "model.vocab_size=32"]  # fmt: skip
+                 "model.vocab_size=32", "model.value_embeddings=1"]  # fmt: skip
     cfg = compose.compose("pretrain", overrides)
     model = LanguageModel(cfg.model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = optimizers.build(cfg.optim, model.named_parameters(), lambda name: 0.1 if "blocks.1." in name else 1.0)
     scales = {names[id(p)]: group["lr_scale"] for group in groups.param_groups for p in group["params"]}
-    assert scales["trunk.embedding.weight"] == 2 and scales["head.weight"] == scales["trunk.norm.weight"] == 0.5
+    assert scales["trunk.embedding.weight"] == 2 and scales[f"trunk.values.{cfg.model.layers - 1}.weight"] == 2
+    assert scales["head.weight"] == scales["trunk.norm.weight"] == 0.5
     assert scales["trunk.blocks.0.ffn.up.weight"] == 1 and scales["trunk.blocks.1.ffn.up.weight"] == 0.1
     assert scales["trunk.blocks.1.ffn_norm.weight"] == 0.05
 
@@ -40,7 +41,8 @@ def test_rates_follow_the_width_of_what_they_were_found_at():
     found = {}
     for name, base in (("adamw", 0), ("adamw", 12), ("muon", 12)):
         overrides = ["run.name=x", f"optim={name}", f"optim.base_width={base}", "model=gpt2_124m", "model.layers=1",
-                     "model.width=48", "model.vocab_size=32", "model.tied_embeddings=false"]  # fmt: skip
+                     "model.width=48", "model.vocab_size=32", "model.tied_embeddings=false",
+                     "model.value_embeddings=1"]  # fmt: skip
         cfg = compose.compose("pretrain", overrides)
         model = LanguageModel(cfg.model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -48,7 +50,7 @@ def test_rates_follow_the_width_of_what_they_were_found_at():
             assert group["weight_decay"] * group["lr_scale"] in (0, pytest.approx(cfg.optim.weight_decay))
             found |= {(name, base, names[id(p)]): group["lr_scale"] for p in group["params"]}
     for (name, base, parameter), scale in found.items():
-        is_table = parameter.endswith(("embedding.weight", "positions.weight"))
+        is_table = parameter.endswith(("embedding.weight", "positions.weight")) or ".values." in parameter
         if not base or is_table or "norm" in parameter or parameter.endswith("bias"):
             assert scale == 1, parameter
         else:
