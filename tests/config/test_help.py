@@ -31,7 +31,7 @@ def test_help_shows_what_the_entry_takes(entry, monkeypatch, capsys):
 
 REFUSED = [
     ("pretrain", "model=llama_8", "model=llama_8: choose one of bert_base, .*; did you mean llama_8b?"),
-    ("pretrain", "experiment=nope", "experiment=nope: choose one of masked, quickstart$"),
+    ("pretrain", "experiment=nope", "experiment=nope: choose one of masked, quickstart, speedrun$"),
     ("finetune", "data=nope", "data=nope: choose one of examples$"),
     ("pretrain", "task=classification", "task=... is for pretrain.finetune: pretrain.train has the groups model, data"),
     ("pretrain", "experiment=sentiment", "experiment=sentiment is for pretrain.finetune: pretrain.train has"),
