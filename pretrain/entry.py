@@ -203,6 +203,8 @@ def run(plan: Plan, ranks: dist.Ranks, device: torch.device) -> tuple[int, Calla
             print(f"{cfg.run.name} goes on with changed settings: {'; '.join(plan.changes)}", flush=True)
         write_run_folder(plan)
     computes_with = threads.settle(folder, ranks, device)
+    if said := threads.note(ranks, device):
+        print(f"note: {said}", flush=True)
     peak, peak_source = hardware.peak_flops(device, precision)
     trainer = build_engine(plan, precision, ranks, device)
     rejected: list[dict] = []

@@ -18,12 +18,27 @@ def settle(folder: Path, ranks: dist.Ranks, device: torch.device) -> int:
     """Threads of this rank from here on. Where nobody has said how many, and no other rank shares the machine: as many
     as the run in `folder` had, so that it computes the same bits; or as are fastest here.
     """
-    if device.type != "cpu" or os.environ.get(SET) or ranks.world_size > 1:
-        return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    recorded = _recorded(folder)
-    torch.set_num_threads(recorded if recorded and recorded <= cores else fastest(cores))
+    if _is_free(ranks, device):
+        cores, recorded = _cores(), _recorded(folder)
+        torch.set_num_threads(recorded if recorded and recorded <= cores else fastest(cores))
     return torch.get_num_threads()
+
+
+def note(ranks: dist.Ranks, device: torch.device) -> str | None:
+    """What to say where fewer threads were settled than there are cores: others may have computed only then."""
+    count, cores = torch.get_num_threads(), _cores()
+    if not _is_free(ranks, device) or count >= cores:
+        return None
+    return (f"this run computes with {count} of {cores} threads, which were the fastest as it began: "
+            f"{SET}={cores} takes all")  # fmt: skip
+
+
+def _is_free(ranks: dist.Ranks, device: torch.device) -> bool:
+    return device.type == "cpu" and not os.environ.get(SET) and ranks.world_size == 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _recorded(folder: Path) -> int | None:

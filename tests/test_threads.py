@@ -67,6 +67,11 @@ def test_a_run_keeps_its_threads_while_the_machine_has_them(tmp_path, monkeypatc
     events = [start | {"threads": 2}, start, *(start | other for other in others)]
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
     assert threads.settle(tmp_path, dist.ALONE, CPU) == torch.get_num_threads() == 3 and tried == [4]
+    assert "with 3 of 4 threads" in threads.note(dist.ALONE, CPU) and "OMP_NUM_THREADS=4" in threads.note(
+        dist.ALONE, CPU
+    )
+    torch.set_num_threads(4)
+    assert threads.note(dist.ALONE, CPU) is None
     (tmp_path / "events.jsonl").write_text(json.dumps(start | {"threads": 5}))
     assert threads.settle(tmp_path, dist.ALONE, CPU) == 1 and tried == [4, 4]
 
@@ -78,3 +83,5 @@ def test_what_is_said_stands_and_several_ranks_share_what_they_were_given(tmp_pa
     assert threads.settle(tmp_path, dist.ALONE, torch.device("cuda")) == 2
     monkeypatch.setenv(threads.SET, "2")
     assert threads.settle(tmp_path, dist.ALONE, CPU) == torch.get_num_threads() == 2
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: range(4))
+    assert threads.note(dist.ALONE, CPU) is None, "it was asked for"

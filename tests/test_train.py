@@ -124,23 +124,30 @@ def test_bf16_and_activation_checkpointing_train_and_resume_bitwise(train, undis
     assert [row["loss"] for row in bf16] == pytest.approx([row["loss"] for row in reference], rel=0.02)
     assert [row["batch_hash"] for row in bf16] == [row["batch_hash"] for row in reference]
     for steps in (3, 8):
-        train(
-            2,
-            f"run.name=bf16-{stage}-resumed",
-            *overrides,
-            f"train.steps={steps}",
-            "train.eval_every=8",
-            HOME=str(tmp_path),
-        )
+        again = (f"run.name=bf16-{stage}-resumed", f"train.steps={steps}", "train.eval_every=8")
+        train(2, *again, *overrides, HOME=str(tmp_path))
     resumed = exact(journal(train.root / f"bf16-{stage}-resumed"))
     assert [row[:6] for row in resumed] == [row[:6] for row in exact(bf16)]
-    compiled = events(train.root / f"bf16-{stage}", "compiled")
-    assert len(compiled) == (stage == 3) and events(train.root / f"bf16-{stage}")[0]["compile"] == (
-        "blocks" if stage == 3 else "none"
-    )
-    if compiled:
+    chosen = "blocks" if stage == 3 else "none"
+    assert events(train.root / f"bf16-{stage}")[0]["compile"] == chosen
+    assert len(events(train.root / f"bf16-{stage}", "compiled")) == (chosen == "blocks")
+    if chosen == "blocks":
         assert "compiling the blocks of the model" in done.stdout
         assert any((tmp_path / ".cache/pretrain/inductor").rglob("*.so")), "what was compiled"
+
+
+def test_a_rank_alone_keeps_the_threads_that_it_began_with(train):
+    line = ("run.name=threads", "train.eval_every=8")
+    train(1, *line, "train.steps=2", OMP_NUM_THREADS="")
+    journal_of_events = train.root / "threads" / "events.jsonl"
+    begun = events(train.root / "threads", "start")[0]
+    assert 1 <= begun["threads"] <= len(os.sched_getaffinity(0))
+    text = journal_of_events.read_text()
+    journal_of_events.write_text(text.replace(f'"threads": {begun["threads"]}', '"threads": 1'))
+    done = train(1, *line, "train.steps=3", OMP_NUM_THREADS="")
+    assert events(train.root / "threads", "resume")[0]["threads"] == 1 and "1 x cpu of 1 thread," in done.stdout
+    several = len(os.sched_getaffinity(0)) > 1
+    assert ("note: this run computes with 1 of" in done.stdout) == several
 
 
 WITHOUT_A_COMPILER = """

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="what is trained (default: the trainer's)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1],
-                        help="processes of ours, one number or several (default: the launchers')")  # fmt: skip
+                        help="processes of ours, one number or several (default: 1)")  # fmt: skip
     parser.add_argument("--against", nargs="*", choices=NAMES, default=list(NAMES), help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="of a contestant in a round (default: %(default)s)")

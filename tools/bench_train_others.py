@@ -25,6 +25,8 @@ Batches = Iterator[list[dict[str, torch.Tensor]]]
 
 def bare(gate: Callable, config: Config, batches: Batches, dtype: torch.dtype) -> None:
     """The same model on the same data and terms, without an engine."""
+    if config.optim.base_width:
+        raise ValueError("optim.base_width: here rates do not follow the width: leave it out")
     sparse = config.objective.name == "masked_lm"
     losses = functools.partial(loss_rows, z_loss=config.objective.z_loss, sparse=sparse)
     model = build_model(config.model, config.train.activation_checkpointing).to(dtype)
@@ -58,7 +60,7 @@ class BareLoop:
                 continue
             decays = master.dim() >= 2 and "positions" not in name
             scale = config.adamw_lr_scale if config.name == "muon" else 1.0
-            scale *= config.embedding_lr_scale if name == "trunk.embedding.weight" else 1.0
+            scale *= config.embedding_lr_scale if name.startswith(("trunk.embedding.", "trunk.values.")) else 1.0
             groups.append({"params": [master], "weight_decay": config.weight_decay * decays, "scale": scale})
         betas = (config.beta1, config.beta2)
         self.optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)]

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pretrain.config.checks import CHOICES
 from pretrain.config.schema import ModelConfig
 from pretrain.engine.settings import BUCKET
 from pretrain.hardware import DTYPES
@@ -26,7 +27,7 @@ from pretrain.optim.optimizers import STATE_KINDS, algorithm_of
 
 FP32 = 4  # bytes a number, of each moment too
 WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at a time at stage 0 and at stage 1 in bf16
-CHECKPOINTING = ("none", "ffn", "full")  # from what computes least to what keeps least
+CHECKPOINTING = CHOICES["train.activation_checkpointing"]  # from what computes least to what keeps least
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered, DeepSpeed's stage3_max_live_parameters
 
 

@@ -78,7 +78,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_BT, at, asked) -> torch.Tensor:
         given, labels_N = (hidden_ND, weight_VD, bias_V), _of(labels_BT, at)
-        losses_N, ctx.gradients = _learnt(*given, labels_N, None, asked, ctx.needs_input_grad)
+        losses_N, ctx.gradients = _learnt(*given, labels_N, torch.ones_like(labels_N), asked, ctx.needs_input_grad)
         ctx.save_for_backward(*given, labels_BT, at)
         ctx.asked = asked
         return _sum_rows(losses_N, labels_BT, at)
@@ -102,13 +102,13 @@ class _Loss(torch.autograd.Function):
 
 def _learnt(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor,
-    scales_N: torch.Tensor | None, asked: Asked, needed: tuple[bool, ...],
+    scales_N: torch.Tensor, asked: Asked, needed: tuple[bool, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
     """The loss of each position [N], and the gradients of hidden states, matrix and bias, those that are `needed`, of
-    the losses times `scales_N` (None: 1). What several pieces add to is in fp32.
+    the losses times `scales_N`. What several pieces add to is in fp32.
     """
     losses_N = hidden_ND.new_empty(len(labels_N), dtype=wide(hidden_ND.dtype))
-    scales_N = torch.where(labels_N == IGNORED, 0.0, 1.0 if scales_N is None else scales_N).to(losses_N.dtype)
+    scales_N = torch.where(labels_N == IGNORED, 0, scales_N).to(losses_N.dtype)
     of_hidden = torch.empty_like(hidden_ND) if needed[0] else None
     of_weight = of_bias = None
     buffers = _buffers(hidden_ND, weight_VD, asked)
@@ -176,9 +176,7 @@ class _Soft(NamedTuple):
 def _parts(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, losses_N: torch.Tensor, buffers: torch.Tensor, asked: Asked
 ) -> Iterator[_Soft]:
-    """The softmax of a piece, some positions after others. At the end `losses_N` are there, 0 without a label. (What is
-    done here for each part is little: there are hundreds, and on a CPU to call an operator takes as long as a pass.)
-    """
+    """The softmax of a piece, some positions after others. At the end `losses_N` are there, 0 without a label."""
     columns = (logits_NV, labels_N.clamp(min=0)[:, None], losses_N[:, None])
     for source, targets, losses in zip(*(column.split(buffers.shape[1]) for column in columns), strict=True):
         logits, probabilities = buffers if len(source) == buffers.shape[1] else buffers[:, : len(source)]

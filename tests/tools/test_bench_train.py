@@ -79,8 +79,8 @@ def test_the_bare_loop_trains_the_same(ran):
 
 
 def test_the_bare_loop_steps_by_muon_where_the_run_does():
-    overrides = [*SMALL, "run.name=x", "model.tied_embeddings=false", "optim=muon", "optim.adamw_lr_scale=0.5",
-                 "optim.embedding_lr_scale=4"]  # fmt: skip
+    overrides = [*SMALL, "run.name=x", "model.tied_embeddings=false", "model.value_embeddings=1", "optim=muon",
+                 "optim.adamw_lr_scale=0.5", "optim.embedding_lr_scale=4"]  # fmt: skip
     cfg = compose.compose("pretrain", overrides)
     generator = torch.Generator().manual_seed(0)
     parts = [{name: torch.randint(0, 512, (2, 32), generator=generator) for name in ("inputs", "labels")}] * 6
@@ -90,6 +90,11 @@ def test_the_bare_loop_steps_by_muon_where_the_run_does():
     for name, parameter in model.named_parameters():
         fill_initial(parameter.data.view(-1), 0, name, tuple(parameter.shape), cfg.model, 0)
     optimizer = optimizers.build(cfg.optim, model.named_parameters())
+    groups = [*optimizer.param_groups, *(group for each in loop.optimizers for group in each.param_groups)]
+    terms = {id(p): (group.get("lr_scale", group.get("scale")), group["weight_decay"])
+             for group in groups for p in group["params"]}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        assert terms[id(loop.masters[name])] == terms[id(parameter)], name
     for part in parts:
         rows = loss_rows(model, **part).sum() / 64
         optimizer.zero_grad()
@@ -100,6 +105,12 @@ def test_the_bare_loop_steps_by_muon_where_the_run_does():
         optimizer.step()
         assert loop.step([part], cfg.optim.lr) == pytest.approx(rows.item(), abs=5e-3)  # torch's is in bf16
     assert rows.item() < 5, "it learns"
+
+
+def test_the_bare_loop_says_what_it_cannot():
+    cfg = compose.compose("pretrain", [*SMALL, "run.name=x", "model.tied_embeddings=false", "optim.base_width=64"])
+    with pytest.raises(ValueError, match="optim.base_width"):
+        bench_train_others.bare(lambda watches: None, cfg, iter(()), torch.float32)
 
 
 def test_the_profile_adds_up_and_names_nearly_all(ran):

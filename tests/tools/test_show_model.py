@@ -48,8 +48,9 @@ def test_flops_are_those_that_torch_counts(name, share):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_sizes_are_those_of_the_model(capsys, name):
-    found = shown(capsys, *overrides(name, 48))
-    cfg = compose.compose("pretrain", ["run.name=x", *overrides(name, 48)]).model
+    said = [*overrides(name, 48), f"model.value_embeddings={int(name == 'llama_14m')}"]
+    found = shown(capsys, *said)
+    cfg = compose.compose("pretrain", ["run.name=x", *said]).model
     model = build_model(cfg)
     assert found["shapes"] == {key: list(value.shape) for key, value in model.named_parameters()}
     assert found["parameters"] == sum(value.numel() for value in model.parameters())
